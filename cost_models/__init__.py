@@ -1,0 +1,1 @@
+"""What a plan would cost on a machine, without running it."""

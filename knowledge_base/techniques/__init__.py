@@ -1,0 +1,1 @@
+"""One file for each technique; see knowledge_base/registry.py."""

@@ -1,0 +1,380 @@
+"""The nouns everyone shares: frozen values that flow through the loop, and what a technique and an engine declare.
+
+Units are in the names; SI base units inside. Validation of what a person wrote happens at the edge
+(planner/spec.py); these types hold what is already known to be good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from knowledge_base.serde import digest
+
+# ---------------------------------------------------------------- what is given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A causal language model as its config.json and safetensors headers describe it; nothing is loaded.
+
+    `digest` covers config, tokenizer and weight files, so it keys caches. Counts are in parameters.
+    """
+
+    name: str
+    source: str  # folder, or hub id "org/name"
+    revision: str | None = None
+    digest: str = ""
+    architecture: str  # config.json's model_type: "llama", "gpt2", "mamba", ...
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    max_context_tokens: int
+    params_total: int
+    params_active: int  # read for each token: all but the experts not chosen
+    linear_params: int  # 2-D weights inside the layers: what weight techniques act on
+    embedding_params: int
+    tied_embeddings: bool
+    gated_ffn: bool = True
+    experts: int = 0
+    experts_active: int = 0
+    sliding_window_tokens: int | None = None
+    attention_layers: int  # layers that hold a KV cache; 0 for a pure state-space model
+    state_bytes: int = 0  # recurrent state for each sequence (state-space models)
+    weight_dtype: str  # "float32" | "bfloat16" | "float16" | ...: the most common dtype in the file
+    weight_bytes: int  # bytes of all tensors on disk
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers the KV cache holds for one token: keys and values of every attention layer."""
+        return 2 * self.attention_layers * self.kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What the model is asked to do. Lengths in tokens."""
+
+    prompt_tokens: int
+    output_tokens: int
+    prompt_tokens_p95: int | None = None
+    concurrency: int = 1
+    requests_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One processor with its own memory. A dtype absent from `flop_per_s` is unknown, never guessed."""
+
+    name: str
+    kind: str  # "cpu" | "gpu"
+    memory_bytes: int
+    memory_bytes_per_s: float
+    flop_per_s: Mapping[str, float]  # by dtype; multiply and add counted as two
+    cores: int | None = None
+    idle_w: float | None = None
+    busy_w: float | None = None
+    features: frozenset[str] = frozenset()
+    source: str = ""  # where the figures come from: "measured 2026-11-21", a URL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A machine: its devices, memory and prices. `fingerprint` tells two machines apart."""
+
+    name: str
+    devices: tuple[Device, ...]
+    host_memory_bytes: int
+    memory_limit_bytes: int  # cgroup or ulimit, else host_memory_bytes
+    price_usd_per_h: float | None = None
+    electricity_usd_per_kwh: float | None = None
+    grid_gco2e_per_kwh: float | None = None
+    pue: float = 1.0
+    energy_counters: tuple[str, ...] = ()  # "rapl", "nvml"; empty: energy can only be modelled
+    fingerprint: str = ""
+    measured: bool = False  # probed here, rather than read from the catalogue
+
+    @property
+    def device(self) -> Device:
+        """The device the model runs on: the first GPU, else the CPU."""
+        return next((d for d in self.devices if d.kind == "gpu"), self.devices[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """One limit on one metric. The value is in the metric's own SI unit.
+
+    `relative` limits are ratios to the measured baseline: 0.5 means half of the baseline's figure.
+    `source` "any" lets a modelled figure count where the machine cannot measure it.
+    """
+
+    metric: str  # a name in METRICS
+    statistic: str  # "p50" | "p95" | "mean"
+    bound: str  # "max" | "min"
+    value: float
+    level: str = "error"  # "error" | "warn" | "off"
+    relative: bool = False
+    source: str = "measured"  # "measured" | "any"
+    text: str = field(default="", compare=False)  # as the person wrote it: "50 ms"
+    line: int | None = field(default=None, compare=False)  # of the spec file
+
+    @property
+    def label(self) -> str:
+        """`ttft_p95`: the metric as a spec names it."""
+        from knowledge_base.metrics import METRICS
+
+        metric = METRICS[self.metric]
+        return f"{metric.label}_{self.statistic}" if metric.sampled else metric.label
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One technique with every knob set."""
+
+    technique: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.technique, tuple(sorted(self.knobs.items()))))
+
+    def __str__(self) -> str:
+        knobs = ", ".join(f"{k}={v}" for k, v in sorted(self.knobs.items()))
+        return f"{self.technique}({knobs})" if knobs else self.technique
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An engine and the steps that lead from the model as it came to something that serves tokens."""
+
+    model_digest: str
+    engine: str
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """Ten hex digits of the plan's canonical JSON: equal plans have equal ids, from any way in."""
+        return digest(self)[:10]
+
+    @property
+    def words(self) -> str:
+        """`llama_cpp: weight_gguf(type=q4_k) + threads(count=2)`."""
+        return f"{self.engine}: {' + '.join(str(s) for s in self.steps) or 'unchanged'}"
+
+    def step(self, technique: str) -> Step | None:
+        """Return the step of that technique, if the plan has it."""
+        return next((s for s in self.steps if s.technique == technique), None)
+
+
+# ---------------------------------------------------------------- what knowledge declares
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A knob with a finite list of settings, in rising order where they have one."""
+
+    options: tuple[Any, ...]
+    default: Any
+
+
+STAGES = ("prepare", "compress", "recover", "quantise", "serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One published figure. `source` is a URL or arXiv id."""
+
+    model: str
+    setting: str
+    quantity: str
+    baseline: float | None
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """What a technique file says of itself. `saves` and `spends` are metric names.
+
+    `family` groups alternatives of which a plan holds at most one ("weights", "kv_cache", ...).
+    `needs` are capability tags an engine must offer; techniques and engines never name each other.
+    `provides` are tags the plan has after this step, for other steps' composition rules.
+    """
+
+    summary: str
+    stage: str  # one of STAGES
+    family: str
+    taxonomy: str  # place in the survey: "model compression / quantisation / weight-only"
+    knobs: Mapping[str, Choice] = field(default_factory=dict)
+    saves: tuple[str, ...] = ()
+    spends: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    needs_calibration: bool = False
+    lossless: bool = False
+    modules: tuple[str, ...] = ()  # import names it needs beyond the core, e.g. ("torchao",)
+    extra: str | None = None  # the extra that installs them
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What an engine file says of itself. `offers` are capability tags; `preload` is imported before forking."""
+
+    summary: str
+    offers: frozenset[str]
+    preload: tuple[str, ...]
+    modules: tuple[str, ...]
+    extra: str | None = None
+    sources: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- what a plan asks of any machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a plan asks of *any* machine. Techniques rewrite it, cost terms read it.
+
+    Weights are counted in three parts because techniques treat them apart: `linear` (2-D weights inside the
+    layers), `embedding` (input table, one row read for each token), `head` (output matrix, read whole for
+    each step; zero stored bytes when tied, but still read).
+    """
+
+    model: Model
+    workload: Workload
+    engine: str
+    # weights
+    linear_params: float
+    linear_bytes: float  # stored and read for each step
+    embedding_bytes: float
+    head_stored_bytes: float
+    head_read_bytes: float
+    other_bytes: float
+    weight_format: str  # key of calibrated efficiencies: "float32", "bfloat16", "int8", "int4", "q4_k", ...
+    compute_dtype: str  # "float32" | "bfloat16" | "float16" | "int8"
+    # arithmetic, multiply and add counted as two
+    linear_flop_per_token: float
+    head_flop_per_token: float
+    attention_flop_per_token_pair: float  # for each (query, key) pair, all layers
+    # cache and activations
+    kv_bytes_per_token: float
+    activation_bytes_per_token: float  # live at once during prefill
+    # execution
+    layers: float
+    kernels_per_step: float  # launches the host pays for
+    batch: int
+    threads: int | None = None  # None: all cores
+    compiled: bool = False
+    tokens_per_step: float = 1.0  # speculation: expected tokens for each decode step
+    verified_tokens_per_step: float = 1.0  # positions one step computes
+    # one-off
+    build_flop: float = 0.0
+    build_bytes: float = 0.0
+    # quality: perplexity / the unchanged model's, with the log-space standard deviation of that guess
+    perplexity_ratio: float = 1.0
+    perplexity_log_sd: float = 0.0
+    because: tuple[str, ...] = ()  # one short clause for each step that changed something
+
+
+# ---------------------------------------------------------------- what is predicted and measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A predicted figure with its interval (80 % unless said otherwise) and its reason."""
+
+    mid: float
+    low: float
+    high: float
+    source: str  # "analytic" | "calibrated" | "published"
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Predicted values of one plan on one machine, by metric name."""
+
+    plan_id: str
+    hardware_name: str
+    values: Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A measured (or modelled) figure with its confidence interval.
+
+    `source` is "measured" where it was observed, "modelled" where the machine cannot observe it (energy without
+    counters). `samples` are the raw values in order, for sampled metrics one per repetition.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    confidence: float = 0.95
+    statistic: str = "mean"
+    source: str = "measured"
+    samples: tuple[float, ...] = ()
+    p95: float | None = None  # None: n too small for a 95th percentile
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a candidate has no figures. `kind` is one of errors.FAILURE_KINDS."""
+
+    kind: str
+    stage: str  # "build" | "open" | "measure" | "quality"
+    message: str
+    log: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was observed of one plan on one machine, with the record of how."""
+
+    plan: Plan
+    key: str  # content key: plan, model, data, workload, engine versions, machine
+    hardware_fingerprint: str
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    failure: Failure | None = None
+    artefact_digest: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)  # warm-up, repeats, seeds, data hash, lock wait, load
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    taken_at: str = ""  # wall time, a label only
+    sequence: int = 0
+
+
+# ---------------------------------------------------------------- what a technique works on
+
+
+@dataclass(slots=True)
+class Session:
+    """A model being rewritten, inside a candidate process. Steps act on it in order; the engine exports it.
+
+    `model` is the transformers module (torch), loaded in its own dtype on the CPU or GPU. Dense rewrites change
+    its weights or shapes and keep `model.config` true. Packed storage replaces modules (see
+    techniques/_packed.py). `runtime` collects serving choices the engine applies when it opens the artefact;
+    `storage` collects how the engine's export should store weights.
+    """
+
+    model: Any
+    tokenizer: Any
+    facts: Model
+    calibration: Any  # torch.LongTensor (samples, tokens), or None
+    seed: int
+    workspace: Path
+    allocation: Mapping[str, int] | None = None  # module name -> bits, chosen by the planner's MILP
+    runtime: dict[str, Any] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)  # facts worth telling: {"wanda.zeros_ratio": 0.5}
+    progress: Callable[[str, float], None] = lambda stage, done: None  # (what, share done 0..1)

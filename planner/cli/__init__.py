@@ -1,0 +1,163 @@
+"""The command line. One file for each command: HELP, add_arguments(parser), run(options) -> exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from knowledge_base.errors import EXIT_CODE_MEANING, BadInput, ExitCode, LeanplanError
+from knowledge_base.registry import Folder
+from planner.cli._talk import emit, say, write_crash_report
+
+commands = Folder("planner.cli", "command", ("HELP", "add_arguments", "run"))
+
+# name, argparse settings; every one is also LEANPLAN_<NAME> in the environment (flag > environment > default).
+GLOBAL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--json", dict(action="store_true", help="print data as JSON")),
+    ("--output-file", dict(metavar="PATH", help="write data there instead of stdout")),
+    ("--color", dict(choices=("auto", "always", "never"), help="colour of tables (default auto; NO_COLOR is obeyed)")),
+    ("--no-progress", dict(action="store_true", help="no progress on stderr")),
+    ("--no-input", dict(action="store_true", help="never ask; name the missing flag instead")),
+    ("--yes", dict(action="store_true", help="answer yes to confirmations")),
+    ("--offline", dict(action="store_true", help="any network access is an error")),
+    ("--seed", dict(type=int, metavar="N", help="seed of every random choice (default: the spec's, else 0)")),
+    ("--run-dir", dict(metavar="PATH", help="folder of run folders (default: runs)")),
+    ("--store", dict(metavar="PATH", help="folder of the measurement store (default: .leanplan)")),
+    ("--trust-remote-code", dict(metavar="ORG/NAME@SHA", help="let this one model run its own code in candidate processes")),
+    ("--allow-pickle", dict(action="store_true", help="accept .bin weights, loaded with weights_only in a candidate process")),
+)
+_DEFAULTS: dict[str, Any] = {"color": "auto", "verbose": 0, "quiet": 0}
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived: end politely, exit 143."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message, hint=f"{self.prog} --help", where="command line")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every command of this folder."""
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = shared.add_argument_group("global flags")
+    for flag, settings in GLOBAL_FLAGS:
+        group.add_argument(flag, **settings)
+    group.add_argument("-v", "--verbose", action="count", help="more detail; -vv shows tracebacks of bugs")
+    group.add_argument("-q", "--quiet", action="count", help="no talk on stderr but errors")
+    parser = _Parser(
+        prog="leanplan",
+        parents=[shared],
+        description="Fit a language model to your budgets: search efficiency techniques, measure the promising ones "
+        "on this machine, return the Pareto set.",
+        epilog="exit codes: " + "; ".join(f"{int(c)} {m.split(';')[0]}" for c, m in EXIT_CODE_MEANING.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"leanplan {_version()}")
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, module in commands.all().items():
+        command = verbs.add_parser(name, help=module.HELP, description=module.HELP, parents=[shared])
+        module.add_arguments(command)
+        command.set_defaults(run_command=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; expected failures print one message, bugs leave a report."""
+    signal.signal(signal.SIGTERM, _terminate)
+    options: Any = argparse.Namespace(json="--json" in (argv or sys.argv))
+    try:
+        parser = build_parser()
+        options = parser.parse_args(argv)
+        _fill_defaults(options)
+        if not options.command:
+            parser.print_help(sys.stderr)
+            return ExitCode.BAD_INPUT
+        if options.offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        code = options.run_command(options)
+        sys.stdout.flush()
+        return int(code)
+    except LeanplanError as error:
+        _show_error(options, error)
+        return int(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); say nothing more, also at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except KeyboardInterrupt:
+        say("interrupted")
+        return ExitCode.INTERRUPTED
+    except Terminated:
+        say("terminated")
+        return ExitCode.TERMINATED
+    except OSError as error:
+        _show_error(options, LeanplanOSError(error))
+        return ExitCode.ENVIRONMENT
+    except Exception as error:
+        if getattr(options, "verbose", 0) > 1:
+            raise
+        say(f"bug: {type(error).__name__}: {error}\nhint: this is leanplan's fault; send {write_crash_report(error)}")
+        return ExitCode.BUG
+
+
+class LeanplanOSError(LeanplanError):
+    """A full disk, a missing permission or a missing file that no command foresaw, told in our words."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+    def __init__(self, error: OSError) -> None:
+        import errno
+
+        hint = {
+            errno.ENOSPC: "free space, then run the same command: finished measurements are kept",
+            errno.EACCES: "choose a folder you may write with --run-dir and --store",
+            errno.EROFS: "choose a folder you may write with --run-dir and --store",
+        }.get(error.errno or 0, "check the path and its permissions; leanplan doctor shows what leanplan may use")
+        super().__init__(error.strerror or str(error), hint=hint, where=str(error.filename) if error.filename else None)
+
+
+def _show_error(options: Any, error: LeanplanError) -> None:
+    place = f"{error.where}: " if error.where else ""
+    excerpt = f"\n{error.excerpt}" if getattr(error, "excerpt", None) else ""
+    say(f"{place}error: {error.message}{excerpt}\nhint: {error.hint}")
+    if getattr(options, "json", False):
+        facts = {"message": error.message, "where": error.where, "hint": error.hint, "exit_code": int(error.exit_code)}
+        emit(options, {"error": facts}, "")
+
+
+def _fill_defaults(options: argparse.Namespace) -> None:
+    for flag, settings in GLOBAL_FLAGS:
+        name = flag[2:].replace("-", "_")
+        if hasattr(options, name):
+            continue
+        text = os.environ.get(f"LEANPLAN_{name.upper()}")
+        if settings.get("action") == "store_true":
+            value: Any = text not in (None, "", "0", "false")
+        elif text and settings.get("type") is int:
+            try:
+                value = int(text)
+            except ValueError as error:
+                raise BadInput(f"`{text}` is not a whole number", hint=f"unset it or give {flag}", where=f"LEANPLAN_{name.upper()}") from error
+        else:
+            value = text or _DEFAULTS.get(name)
+        setattr(options, name, value)
+    for name in ("verbose", "quiet"):
+        if not hasattr(options, name):
+            setattr(options, name, 0)
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("leanplan")
+    except PackageNotFoundError:
+        return "from source"

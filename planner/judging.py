@@ -1,0 +1,93 @@
+"""Budgets against figures: a verdict is statistical, never by the point estimate alone (promise P9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from knowledge_base import units
+from knowledge_base.metrics import METRICS
+from knowledge_base.types import Budget, Estimate, Figure, Measurement, Value
+from planner.results import Verdict
+from search.limits import limit_of
+
+
+def judge(
+    budgets: Sequence[Budget],
+    *,
+    baseline: Mapping[str, float],
+    measurement: Measurement | None = None,
+    estimate: Estimate | None = None,
+) -> tuple[Verdict, ...]:
+    """Return one verdict for each budget that is not off: by the measurement if there is one, else by the estimate.
+
+    Args:
+        baseline: the unchanged model's figures, for relative budgets.
+    """
+    verdicts = []
+    for budget in budgets:
+        if budget.level == "off":
+            continue
+        limit = limit_of(budget, baseline)
+        if measurement is not None:
+            verdicts.append(_of_figure(budget, limit, measurement.figures.get(budget.metric)))
+        else:
+            verdicts.append(_of_value(budget, limit, estimate.values.get(budget.metric) if estimate else None))
+    return tuple(verdicts)
+
+
+def outcome(low: float, high: float, limit: float, bound: str) -> str:
+    """Return "met" when the whole interval is within the limit, "not met" when it is wholly beyond."""
+    if bound == "max":
+        return "met" if high <= limit else "not met" if low > limit else "inconclusive"
+    return "met" if low >= limit else "not met" if high < limit else "inconclusive"
+
+
+def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Verdict:
+    if limit is None or figure is None:
+        missing = "the unchanged model's figure" if limit is None else "a figure"
+        return Verdict(budget=budget, outcome="not judged", limit=limit or 0.0, figure=figure, sentence=f"{budget.label}: no {missing}")
+    if figure.source != "measured" and budget.source != "any":
+        return Verdict(
+            budget=budget, outcome="not judged", limit=limit, figure=figure,
+            sentence=f"{budget.label} is only {figure.source} here; allow it with source: any",
+        )  # fmt: skip
+    low, high, value = interval(figure, budget.statistic)
+    if low is None or high is None or value is None:
+        return Verdict(
+            budget=budget, outcome="inconclusive", limit=limit, figure=figure,
+            sentence=f"{budget.label}: {figure.n} samples are too few for a {budget.statistic}",
+        )  # fmt: skip
+    verdict = outcome(low, high, limit, budget.bound)
+    return Verdict(budget=budget, outcome=verdict, limit=limit, figure=figure, sentence=_sentence(budget, verdict, value, low, high, limit))
+
+
+def interval(figure: Figure, statistic: str) -> tuple[float | None, float | None, float | None]:
+    """Return (low, high, value) of a figure's statistic; None where the samples are too few to tell."""
+    if statistic == "p95":
+        from planner.statistics import quantile_interval
+
+        if figure.p95 is None:
+            return None, None, None
+        bounds = quantile_interval(figure.samples, 0.95, confidence=figure.confidence)
+        return (*bounds, figure.p95) if bounds else (None, None, None)
+    return figure.low, figure.high, figure.value
+
+
+def _of_value(budget: Budget, limit: float | None, value: Value | None) -> Verdict:
+    if limit is None or value is None:
+        return Verdict(
+            budget=budget, outcome="not judged", limit=limit or 0.0, value=value,
+            sentence=f"{budget.label} cannot be predicted; only measuring tells",
+        )  # fmt: skip
+    verdict = outcome(value.mid, value.mid, limit, budget.bound)
+    return Verdict(
+        budget=budget, outcome=verdict, limit=limit, value=value,
+        sentence="predicted " + _sentence(budget, verdict, value.mid, value.low, value.high, limit),
+    )  # fmt: skip
+
+
+def _sentence(budget: Budget, verdict: str, value: float, low: float, high: float, limit: float) -> str:
+    show = lambda x: units.format(x, METRICS[budget.metric].dimension)  # noqa: E731
+    words = {"met": "is within", "not met": "is beyond", "inconclusive": "cannot be told from"}[verdict]
+    end = "at most" if budget.bound == "max" else "at least"
+    return f"{budget.label} {show(value)} [{show(low)}, {show(high)}] {words} {end} {show(limit)}"

@@ -1,0 +1,52 @@
+"""Markdown for a pull request, a wiki or a README. Foreign text is escaped."""
+
+from __future__ import annotations
+
+import re
+
+from planner.reports import _table
+from planner.results import ParetoSet
+
+REPORT = "Markdown"
+SUFFIX = ".md"
+
+
+def escape(text: str) -> str:
+    """Return foreign text that Markdown shows as it is: no tables, code, HTML, mentions or links broken out of."""
+    text = re.sub(r"[\x00-\x1f\x7f]", " ", text)
+    return re.sub(r"([\\|`<>@#*_\[\]~])", r"\\\1", text)
+
+
+def render(answer: ParetoSet) -> str:
+    """Return the whole answer as Markdown."""
+    names = _table.columns(answer)
+    kind = "measured" if answer.measured else "predicted"
+    lines = [f"## {escape(answer.sentence)}", ""]
+    lines += [f"- {escape(c)}" for c in answer.conflicts]
+    lines += [
+        f"{escape(answer.model.name)} on {escape(answer.hardware.name)}; all figures {kind}.", "",
+        "| | id | plan | " + " | ".join(_table.heading(n) for n in names) + " |",
+        "|---|---|---|" + "--:|" * len(names),
+    ]  # fmt: skip
+    for result in _table.ordered(answer):
+        cells = [_table.cell(result, name, measured=answer.measured) for name in names]
+        who = escape(result.plan.words) + (" (the model as it came)" if result is answer.baseline else "")
+        lines.append(f"| {_table.mark(result, answer)} | {result.plan.id} | {who} | " + " | ".join(cells) + " |")
+    lines += ["", "★ recommended, ● on the Pareto front, ○ dominated; ✓ budget met, ✗ not met, ? cannot be told.", ""]
+    if answer.recommended:
+        lines += [f"### Why {answer.recommended.plan.id}", ""]
+        lines += [f"- {escape(why)}" for why in answer.recommended.why]
+        lines += [f"- {_table.MARKS[v.outcome]} {escape(v.sentence)}" for v in answer.recommended.verdicts] + [""]
+    failures = [r for r in answer.results if r.measurement and r.measurement.failure]
+    if failures or answer.rejected:
+        lines += ["### Not chosen", ""]
+        for result in failures:
+            failure = result.measurement.failure  # type: ignore[union-attr]
+            lines.append(f"- {escape(result.plan.words)}: failed, {failure.kind}: {escape(failure.message)}")  # type: ignore[union-attr]
+        lines += [f"- {escape(r.what)}{f' ({r.count} plans)' if r.count > 1 else ''}: {escape(r.why)}" for r in answer.rejected] + [""]
+    if answer.prediction_errors:
+        lines += ["### Predicted against measured", "", "| metric | plans | median error | interval held |", "|---|--:|--:|--:|"]
+        lines += [
+            f"| {metric} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |" for metric, e in answer.prediction_errors.items()
+        ] + [""]
+    return "\n".join(lines)

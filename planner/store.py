@@ -1,0 +1,76 @@
+"""What was measured on this machine, kept between runs: one JSON file for each measurement, written atomically.
+
+A key names everything a figure depends on (promise P11): plan, model content, data content, workload, engine and
+library versions, machine, protocol. So nothing is measured twice, and nothing stale is found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knowledge_base.serde import digest, plain, restore, write_json
+from knowledge_base.types import Measurement, Model, Workload
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A measurement with the model and workload it was taken on, so that cost models can learn from it later."""
+
+    measurement: Measurement
+    model: Model
+    workload: Workload
+    allocation: Mapping[str, int] | None = None
+
+
+def measurement_key(**facts: Any) -> str:
+    """Return the content key of a measurement: the digest of everything the figures depend on."""
+    return digest({name: plain(value) for name, value in facts.items()})
+
+
+class Store:
+    """The measurement store of one folder. Several processes may use it: files are only ever replaced whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged: list[Path] = []
+
+    @property
+    def references(self) -> Path:
+        """Folder of the unchanged models' log-probabilities, by key."""
+        return self.folder / "references"
+
+    def path(self, key: str) -> Path:
+        return self.folder / "measurements" / f"{key[:32]}.json"
+
+    def get(self, key: str) -> Record | None:
+        """Return the record of a key, or None. A damaged file counts as absent and is noted in `damaged`."""
+        return self._read(self.path(key))
+
+    def put(self, record: Record) -> None:
+        """Keep a record under its measurement's key, replacing an older one."""
+        write_json(self.path(record.measurement.key), {"schema": SCHEMA, **plain(record)})
+
+    def records(self, hardware_fingerprint: str | None = None) -> Iterator[Record]:
+        """Yield the records of one machine (or all), oldest file name first."""
+        for path in sorted((self.folder / "measurements").glob("*.json")):
+            record = self._read(path)
+            if record and hardware_fingerprint in (None, record.measurement.hardware_fingerprint):
+                yield record
+
+    def _read(self, path: Path) -> Record | None:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("schema", None) != SCHEMA:
+                return None
+            return restore(Record, data)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            self.damaged.append(path)
+            return None

@@ -1,0 +1,138 @@
+"""Which plans are legal: engines x one option of each technique family, less what the knowledge base refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from knowledge_base import rules
+from knowledge_base.registry import engines, techniques
+from knowledge_base.types import Hardware, Model, Plan, Step, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A technique, setting or engine that is not in the space, and why. `kind`: "rule" or "engine"."""
+
+    what: str
+    why: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """Every legal plan of one problem, without listing them.
+
+    `options[engine][family]` holds the steps a plan may take of that family; "none of them" is always allowed.
+    """
+
+    model_digest: str
+    options: dict[str, dict[str, tuple[Step, ...]]]
+    refused: tuple[Refusal, ...] = ()
+
+    def count(self) -> int:
+        """Return how many combinations there are before composition rules; an upper bound of the legal plans."""
+        return sum(math.prod(len(steps) + 1 for steps in families.values()) for families in self.options.values())
+
+    def plan(self, engine: str, steps: Sequence[Step]) -> Plan | None:
+        """Return the plan with its steps in the order the knowledge base gives, or None if a rule forbids it."""
+        if rules.conflict(steps) or rules.missing(steps):
+            return None
+        return Plan(model_digest=self.model_digest, engine=engine, steps=tuple(rules.order(steps)))
+
+    def each(self) -> Iterator[Plan]:
+        """Yield every legal plan once, in a fixed order."""
+        for engine, families in self.options.items():
+            yield from self._extend(engine, list(families.values()), ())
+
+    def _extend(self, engine: str, families: list[tuple[Step, ...]], steps: tuple[Step, ...]) -> Iterator[Plan]:
+        if not families:
+            if (plan := self.plan(engine, steps)) is not None:
+                yield plan
+            return
+        for step in (None, *families[0]):
+            longer = steps if step is None else (*steps, step)
+            # A pair that conflicts stays in conflict whatever is added, so the branch is cut here.
+            if step is None or not rules.conflict(longer):
+                yield from self._extend(engine, families[1:], longer)
+
+
+def build_space(
+    model: Model,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    engine_names: Sequence[str],
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    calibration: bool = True,
+    executable: bool = True,
+) -> Space:
+    """Return the space of legal plans for one model, workload and machine.
+
+    Args:
+        engine_names: engines that may be used (found on this machine, or wanted for prediction).
+        only: if given, the techniques to consider; `without`: techniques to leave out.
+        calibration: whether calibration text was given.
+        executable: leave out what cannot be run here for lack of a package.
+    """
+    refused: list[Refusal] = []
+    fitting: dict[str, ModuleType] = {}
+    for name in engine_names:
+        if why := engines.get(name).accepts(model):
+            refused.append(Refusal(what=name, why=why, kind="engine"))
+        else:
+            fitting[name] = engines.get(name)
+
+    uncalibrated = []
+    options: dict[str, dict[str, tuple[Step, ...]]] = {name: {} for name in fitting}
+    for name, module in techniques.all().items():
+        technique = module.TECHNIQUE
+        if only is not None and name not in only:
+            continue
+        if name in without:
+            refused.append(Refusal(what=name, why="left out by the spec", kind="rule"))
+        elif why := module.rejects(model, workload, hardware):
+            refused.append(Refusal(what=name, why=why, kind="rule"))
+        elif technique.needs_calibration and not calibration:
+            uncalibrated.append(name)
+        elif executable and (missing := [m for m in technique.modules if importlib.util.find_spec(m) is None]):
+            extra = f"leanplan[{technique.extra}]" if technique.extra else " ".join(missing)
+            refused.append(Refusal(what=name, why=f"{missing[0]} is not installed; pip install '{extra}'", kind="engine"))
+        else:
+            served = [e for e, engine in fitting.items() if technique.needs <= engine.ENGINE.offers]
+            if not served:
+                needs = ", ".join(sorted(technique.needs))
+                refused.append(Refusal(what=name, why=f"no engine in use offers {needs}", kind="engine"))
+            steps, illegal = _settings(name, module, model, workload, hardware)
+            refused += illegal
+            for engine in served:
+                options[engine][technique.family] = options[engine].get(technique.family, ()) + steps
+    if uncalibrated:
+        why = f"{len(uncalibrated)} techniques need calibration text and are left out: add calibration.data"
+        refused.append(Refusal(what=", ".join(uncalibrated), why=why, kind="rule"))
+    return Space(
+        model_digest=model.digest,
+        options={engine: {f: s for f, s in families.items() if s} for engine, families in options.items()},
+        refused=tuple(refused),
+    )
+
+
+def _settings(
+    name: str, module: ModuleType, model: Model, workload: Workload, hardware: Hardware
+) -> tuple[tuple[Step, ...], list[Refusal]]:
+    """Return a technique's legal knob settings as steps, and one refusal for each reason a setting was illegal."""
+    knobs = module.TECHNIQUE.knobs
+    legal = getattr(module, "legal", lambda *_: None)
+    steps, reasons = [], {}
+    for values in itertools.product(*(choice.options for choice in knobs.values())):
+        setting = dict(zip(knobs, values))
+        if why := legal(setting, model, workload, hardware):
+            reasons.setdefault(why, Step(name, setting))
+        else:
+            steps.append(Step(name, setting))
+    return tuple(steps), [Refusal(what=str(step), why=why, kind="rule") for why, step in reasons.items()]
