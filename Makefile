@@ -11,7 +11,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("leanplan needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -31,7 +31,7 @@ accept: setup
 	LEANPLAN_ACCEPT=1 $(BIN)/python -m pytest tests/golden
 
 bench: setup
-	$(BIN)/python -m benchmarks.run
+	for f in benchmarks/*.py; do $(BIN)/python $$f; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,1 +1,32 @@
-"""What a plan would cost on a machine, without running it."""
+"""What a plan would cost on a machine, without running it: arithmetic with sources, corrected by measurements.
+
+    estimate(plan, model, workload, hardware)        one plan: values with intervals and reasons
+    estimate_many(plans, model, workload, hardware)  thousands of plans: arrays
+
+Names load on first use; neither needs torch, and scikit-learn is imported only by calibrate.fit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "estimate": "cost_models.predict",
+    "estimate_many": "cost_models.predict",
+    "Estimates": "cost_models.predict",
+    "Calibration": "cost_models.calibration",
+    "terms": "cost_models.terms",
+}
+
+if TYPE_CHECKING:
+    from cost_models.calibration import Calibration as Calibration
+    from cost_models.predict import Estimates as Estimates
+    from cost_models.predict import estimate as estimate
+    from cost_models.predict import estimate_many as estimate_many
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'cost_models' has no attribute {name!r}")

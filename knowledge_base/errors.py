@@ -37,6 +37,10 @@ EXIT_CODE_MEANING = {
 }
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived: end politely, exit 143. Not an Exception, as KeyboardInterrupt is not."""
+
+
 class LeanplanError(Exception):
     """An expected failure: printed as one message without a traceback.
 

@@ -9,6 +9,7 @@ Nodes carry `kind`: technique, metric, resource, tag, engine. Edges are keyed by
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from knowledge_base.errors import BadInput
@@ -33,7 +34,9 @@ def knowledge_graph() -> networkx.MultiDiGraph:
     known = {name: module.TECHNIQUE for name, module in techniques.all().items()}
     for name, technique in known.items():
         node = f"technique:{name}"
-        graph.add_node(node, kind="technique", summary=technique.summary, stage=technique.stage, family=technique.family)
+        graph.add_node(
+            node, kind="technique", summary=technique.summary, stage=technique.stage, family=technique.family
+        )
         for relation, metrics in (("saves", technique.saves), ("spends", technique.spends)):
             for metric_name in metrics:
                 graph.add_edge(node, f"metric:{metric_name}", key=relation)
@@ -69,7 +72,10 @@ def explain(technique: str, target: str) -> str:
     start = f"technique:{technique}"
     for node in (start, target):
         if node not in graph:
-            raise BadInput(f"`{node}` is not in the knowledge base", hint="nodes are technique:…, metric:…, resource:…, tag:…, engine:…")
+            raise BadInput(
+                f"`{node}` is not in the knowledge base",
+                hint="nodes are technique:…, metric:…, resource:…, tag:…, engine:…",
+            )
     ways = graph.copy()
     for a, b, key in list(graph.edges(keys=True)):
         if key == "offers":
@@ -79,9 +85,11 @@ def explain(technique: str, target: str) -> str:
     try:
         nodes = networkx.shortest_path(ways, start, target)
     except networkx.NetworkXNoPath as error:
-        raise BadInput(f"`{technique}` does not reach `{target}`", hint="see what it saves, spends and needs: leanplan show") from error
+        raise BadInput(
+            f"`{technique}` does not reach `{target}`", hint="see what it saves, spends and needs: leanplan show"
+        ) from error
     words = [technique]
-    for a, b in zip(nodes, nodes[1:], strict=False):
+    for a, b in pairwise(nodes):
         said = " and ".join(sorted(ways[a][b]))
         arrow = "<-offers-" if said == "offered by" else f"-{said}->"
         words += [arrow, b.split(":", 1)[1]]
@@ -108,7 +116,11 @@ def verify() -> None:
             if metric not in METRICS:
                 raise BadInput(f"unknown metric `{metric}`", hint=f"one of {', '.join(METRICS)}", where=where)
         if unmet := technique.needs - offered:
-            raise BadInput(f"no engine offers {', '.join(sorted(unmet))}", hint="correct the tag in `needs` or an engine's `offers`", where=where)
+            raise BadInput(
+                f"no engine offers {', '.join(sorted(unmet))}",
+                hint="correct the tag in `needs` or an engine's `offers`",
+                where=where,
+            )
     for rule in load_rules():
         for side, selector in (("a", rule.a), ("b", rule.b)):
             meant = [t for n, t in known.items() if selector and selects(selector, n, t)]
@@ -117,7 +129,9 @@ def verify() -> None:
             for clause in filter(None, rule.condition.split(" and ")):
                 knob = clause.split()[0]
                 if knob.startswith(f"{side}.") and not any(knob[2:] in t.knobs for t in meant):
-                    raise BadInput(f"`{selector}` has no knob `{knob[2:]}`", hint="correct the condition", where=_where(rule))
+                    raise BadInput(
+                        f"`{selector}` has no knob `{knob[2:]}`", hint="correct the condition", where=_where(rule)
+                    )
     order([Step(name) for name in known])
 
 

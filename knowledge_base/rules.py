@@ -78,7 +78,9 @@ def selects(selector: str, name: str, technique: Technique) -> bool:
             return value == technique.stage
         case "provides":
             return value in technique.provides
-    raise BadInput(f"unknown selector `{selector}`", hint="write a technique, family:…, stage:… or provides:…", where=_FILE.name)
+    raise BadInput(
+        f"unknown selector `{selector}`", hint="write a technique, family:…, stage:… or provides:…", where=_FILE.name
+    )
 
 
 @lru_cache(maxsize=256)
@@ -102,7 +104,9 @@ def _clause(text: str) -> Callable[[Knobs, Knobs], bool]:
     except ValueError:
         wanted = word
         if sign not in ("==", "!="):
-            raise BadInput(f"`{word}` has no order in `{text}`", hint="compare words with == or !=", where=_FILE.name) from None
+            raise BadInput(
+                f"`{word}` has no order in `{text}`", hint="compare words with == or !=", where=_FILE.name
+            ) from None
 
     def clause(a: Knobs, b: Knobs) -> bool:
         knobs = a if side == "a" else b
@@ -126,7 +130,9 @@ def load_rules() -> tuple[Rule, ...]:
         if rule.relation not in RELATIONS:
             raise BadInput(f"unknown relation `{rule.relation}`", hint=f"one of {', '.join(RELATIONS)}", where=where)
         if not (rule.effect and rule.source and rule.a and (rule.b or rule.relation == "note")):
-            raise BadInput("a rule lacks its techniques, its effect or its source", hint="fill every column", where=where)
+            raise BadInput(
+                "a rule lacks its techniques, its effect or its source", hint="fill every column", where=where
+            )
         if rule.id in seen:
             raise BadInput("this id is used twice", hint="give each rule its own id", where=where)
         if rule.condition and rule.relation in ("before", "requires"):
@@ -178,7 +184,9 @@ def _ranks() -> dict[str, int]:
         )
     except networkx.NetworkXUnfeasible as error:
         cycle = " -> ".join(a for a, _ in networkx.find_cycle(graph))
-        raise BadInput(f"`before` rules go round in a circle: {cycle}", hint="remove one of them", where=_FILE.name) from error
+        raise BadInput(
+            f"`before` rules go round in a circle: {cycle}", hint="remove one of them", where=_FILE.name
+        ) from error
     return {name: rank for rank, name in enumerate(ordered)}
 
 
@@ -216,10 +224,20 @@ def _verdict(names: tuple[str, ...]) -> tuple[str | None, tuple[tuple[int, int, 
 
 
 def _sentence(rule: Rule, a: str, b: str) -> str:
-    verb = "makes" if rule.relation == "redundant" else "cannot be combined with"
-    tail = " redundant" if rule.relation == "redundant" else ""
-    condition = f" when {rule.condition.replace('a.', f'{a} ').replace('b.', f'{b} ')}" if rule.condition else ""
-    return f"`{a}` {verb} `{b}`{tail}{condition}: {rule.effect} [{rule.id}; {rule.source}]"
+    said = f"`{a}` makes `{b}` redundant" if rule.relation == "redundant" else f"`{a}` cannot be combined with `{b}`"
+    condition = re.sub(r"\b[ab]\.", "", rule.condition)
+    return f"{said}{f' where {condition}' if condition else ''}: {rule.effect} [{rule.id}; {rule.source}]"
+
+
+def _in_words(selector: str) -> str:
+    kind, _, value = selector.rpartition(":")
+    return (
+        f"a step of {kind} `{value}`"
+        if kind in ("family", "stage")
+        else f"a step that {kind} `{value}`"
+        if kind
+        else f"`{value}`"
+    )
 
 
 @lru_cache(maxsize=65536)
@@ -232,7 +250,7 @@ def _missing(names: tuple[str, ...]) -> str | None:
             if rule.relation != "requires" or not selects(rule.a, name, known[name]):
                 continue
             if not any(other != name and selects(rule.b, other, known[other]) for other in names):
-                return f"`{name}` requires {rule.b.replace(':', ' ')}: {rule.effect} [{rule.id}; {rule.source}]"
+                return f"`{name}` requires {_in_words(rule.b)}: {rule.effect} [{rule.id}; {rule.source}]"
     return None
 
 

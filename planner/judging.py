@@ -35,13 +35,6 @@ def judge(
     return tuple(verdicts)
 
 
-def outcome(low: float, high: float, limit: float, bound: str) -> str:
-    """Return "met" when the whole interval is within the limit, "not met" when it is wholly beyond."""
-    if bound == "max":
-        return "met" if high <= limit else "not met" if low > limit else "inconclusive"
-    return "met" if low >= limit else "not met" if high < limit else "inconclusive"
-
-
 def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Verdict:
     if limit is None or figure is None:
         missing = "the unchanged model's figure" if limit is None else "a figure"
@@ -51,26 +44,22 @@ def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Ve
             budget=budget, outcome="not judged", limit=limit, figure=figure,
             sentence=f"{budget.label} is only {figure.source} here; allow it with source: any",
         )  # fmt: skip
-    low, high, value = interval(figure, budget.statistic)
-    if low is None or high is None or value is None:
+    statistics = _statistics()
+    value = statistics.point(figure, budget.statistic)
+    low, high = statistics.bounds_of(figure, budget.statistic)
+    if value is None or (low is None and high is None):
         return Verdict(
             budget=budget, outcome="inconclusive", limit=limit, figure=figure,
             sentence=f"{budget.label}: {figure.n} samples are too few for a {budget.statistic}",
         )  # fmt: skip
-    verdict = outcome(low, high, limit, budget.bound)
+    verdict = statistics.judge(figure, limit, budget.bound, budget.statistic)
     return Verdict(budget=budget, outcome=verdict, limit=limit, figure=figure, sentence=_sentence(budget, verdict, value, low, high, limit))
 
 
-def interval(figure: Figure, statistic: str) -> tuple[float | None, float | None, float | None]:
-    """Return (low, high, value) of a figure's statistic; None where the samples are too few to tell."""
-    if statistic == "p95":
-        from planner.statistics import quantile_interval
+def _statistics():  # type: ignore[no-untyped-def]
+    from planner import statistics  # needs numpy; judging predictions must not
 
-        if figure.p95 is None:
-            return None, None, None
-        bounds = quantile_interval(figure.samples, 0.95, confidence=figure.confidence)
-        return (*bounds, figure.p95) if bounds else (None, None, None)
-    return figure.low, figure.high, figure.value
+    return statistics
 
 
 def _of_value(budget: Budget, limit: float | None, value: Value | None) -> Verdict:
@@ -79,15 +68,18 @@ def _of_value(budget: Budget, limit: float | None, value: Value | None) -> Verdi
             budget=budget, outcome="not judged", limit=limit or 0.0, value=value,
             sentence=f"{budget.label} cannot be predicted; only measuring tells",
         )  # fmt: skip
-    verdict = outcome(value.mid, value.mid, limit, budget.bound)
+    within = value.mid <= limit if budget.bound == "max" else value.mid >= limit
+    verdict = "met" if within else "not met"
     return Verdict(
         budget=budget, outcome=verdict, limit=limit, value=value,
         sentence="predicted " + _sentence(budget, verdict, value.mid, value.low, value.high, limit),
     )  # fmt: skip
 
 
-def _sentence(budget: Budget, verdict: str, value: float, low: float, high: float, limit: float) -> str:
-    show = lambda x: units.format(x, METRICS[budget.metric].dimension)  # noqa: E731
+def _sentence(budget: Budget, verdict: str, value: float, low: float | None, high: float | None, limit: float) -> str:
+    def show(x: float | None) -> str:
+        return "?" if x is None else units.format(x, METRICS[budget.metric].dimension)
+
     words = {"met": "is within", "not met": "is beyond", "inconclusive": "cannot be told from"}[verdict]
     end = "at most" if budget.bound == "max" else "at least"
     return f"{budget.label} {show(value)} [{show(low)}, {show(high)}] {words} {end} {show(limit)}"

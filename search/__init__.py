@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from search.problem import Priced, Problem
@@ -22,14 +22,9 @@ def solve(problem: Problem, *, solver: str = "auto", effort: str = "quick", seed
         seed: of every random choice; the same seed and problem give the same plans in the same order.
     """
     from search.effort import EFFORTS
+    from search.solvers import registry
 
     if solver == "auto":
         solver = "exhaustive" if problem.space.count() <= EFFORTS[effort].exhaustive_plans else "optuna_nsga2"
-    return solvers().get(solver).solve(problem, effort=EFFORTS[effort], seed=seed)
+    return registry.get(solver).solve(problem, effort=EFFORTS[effort], seed=seed)
 
-
-def solvers() -> Any:
-    """Return the registry of plan solvers."""
-    from knowledge_base.registry import Folder
-
-    return Folder("search.solvers", "solver", ("SOLVER", "solve"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,9 @@ class Pick:
     why: str
 
 
-def choose(priced: Priced, count: int, *, known: Collection[Plan], failed: Collection[Plan] = ()) -> list[Pick]:
+def choose(
+    priced: Priced, count: int, *, known: Collection[Plan], failed: Collection[Plan] = (), longest_build_s: float = float("inf")
+) -> list[Pick]:
     """Return up to `count` plans to measure next, best reason first.
 
     Only plans with a chance count: the optimistic end of every interval within the error budgets. Among them
@@ -31,8 +33,10 @@ def choose(priced: Priced, count: int, *, known: Collection[Plan], failed: Colle
 
     Args:
         known: plans measured already; `failed`: those that did not work, whose kin are tried last.
+        longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
-    index = np.array([i for i, plan in enumerate(priced.plans) if plan not in known], dtype=int)
+    builds = priced.figures["build_s"].mid
+    index = np.array([i for i, p in enumerate(priced.plans) if p not in known and builds[i] <= longest_build_s], dtype=int)
     if not len(index) or count <= 0:
         return []
     candidates = priced.take(index)
@@ -48,7 +52,7 @@ def choose(priced: Priced, count: int, *, known: Collection[Plan], failed: Colle
     picks: list[Pick] = []
     taken: set[int] = set()
 
-    def take(pool: Sequence[int], score: np.ndarray, why: str) -> None:
+    def take(pool: Iterable[int], score: np.ndarray, why: str) -> None:
         for i in sorted((int(i) for i in pool), key=lambda i: (score[i], i)):
             if i not in taken and len(picks) < count:
                 taken.add(i)

@@ -103,10 +103,9 @@ class Priced:
         """Return each error budget's bound in SI units, by label."""
         return {b.label: limit_of(b, self._reference()) for b in binding(self.problem.budgets)}
 
-    def take(self, indices: Sequence[int]) -> Priced:
+    def take(self, indices: np.ndarray) -> Priced:
         """Return some of the plans, with their figures."""
-        index = np.asarray(indices, dtype=int)
         figures = {
-            name: type(v)(mid=v.mid[index], low=v.low[index], high=v.high[index]) for name, v in self.figures.items()
+            name: type(v)(mid=v.mid[indices], low=v.low[indices], high=v.high[indices]) for name, v in self.figures.items()
         }
-        return Priced(problem=self.problem, plans=tuple(self.plans[i] for i in index), figures=figures)
+        return Priced(problem=self.problem, plans=tuple(self.plans[i] for i in indices), figures=figures)

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from knowledge_base.errors import EXIT_CODE_MEANING, BadInput, ExitCode, LeanplanError
+from knowledge_base.errors import EXIT_CODE_MEANING, BadInput, ExitCode, LeanplanError, Terminated
 from knowledge_base.registry import Folder
 from planner.cli._talk import emit, say, write_crash_report
 
@@ -32,13 +32,23 @@ GLOBAL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 _DEFAULTS: dict[str, Any] = {"color": "auto", "verbose": 0, "quiet": 0}
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived: end politely, exit 143."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadInput(message, hint=f"{self.prog} --help", where="command line")
+
+
+class _Version(argparse.Action):
+    """Prints the version; looked up only when asked for, because reading package metadata takes longer than --help."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("leanplan")
+        except PackageNotFoundError:
+            number = "from source"
+        print(f"leanplan {number}")
+        raise SystemExit(ExitCode.DONE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "on this machine, return the Pareto set.",
         epilog="exit codes: " + "; ".join(f"{int(c)} {m.split(';')[0]}" for c, m in EXIT_CODE_MEANING.items()),
     )
-    parser.add_argument("--version", action="version", version=f"leanplan {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, module in commands.all().items():
         command = verbs.add_parser(name, help=module.HELP, description=module.HELP, parents=[shared])
@@ -153,11 +163,3 @@ def _fill_defaults(options: argparse.Namespace) -> None:
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise Terminated
 
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("leanplan")
-    except PackageNotFoundError:
-        return "from source"

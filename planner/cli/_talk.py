@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ def _write(stream: Any, text: str) -> None:
 
 def write_crash_report(error: BaseException) -> Path:
     """Write the traceback of a bug to a temporary file and return its path."""
+    import tempfile
     import traceback
 
     with tempfile.NamedTemporaryFile("w", prefix="leanplan-bug-", suffix=".txt", delete=False) as file:

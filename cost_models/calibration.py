@@ -1,0 +1,204 @@
+"""Corrections learned from measurements: plain numbers, saved as JSON, applied without scikit-learn.
+
+The error of a prediction, in log space, is a sum of effects: of the machine (all plans), the model, the engine, the
+engine with its weight format, each technique, and each technique's setting. Before any measurement every effect is 0
+with a standard deviation that is a share of the prediction's own uncertainty, so the interval is the prior's; what a
+step brings with it (the loss of quality, the acceptance of drafts) is that step's effect alone. Each measurement
+sharpens the effects it took part in; plans that share none of them keep wide intervals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cost_models.demand import Node
+from cost_models.terms._prediction import Prediction
+from knowledge_base.types import Step
+
+# Shares of the prior variance. Common effects scale with the metric's typical uncertainty, the others with the plan's.
+SHARES = {"machine": 0.35, "model": 0.10, "engine": 0.20, "format": 0.25, "technique": 0.03, "setting": 0.02}
+COMMON = ("machine", "model", "engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effects:
+    """Which effects plans take part in: one entry for each (plan, effect) pair, arrays of shape (pairs,)."""
+
+    plans: int
+    rows: np.ndarray  # plan of each pair
+    ids: np.ndarray  # effect of each pair, an index of _NAMES
+    shares: np.ndarray  # its share of the variance that is the machine's and engine's
+    own: np.ndarray  # its share of the variance that the plan's steps bring with them
+
+    def take(self, indices: Sequence[int]) -> Effects:
+        """Return the effects of some plans, renumbered from 0."""
+        pairs = [np.flatnonzero(self.rows == i) for i in indices]
+        rows = np.repeat(np.arange(len(indices)), [len(p) for p in pairs])
+        chosen = np.concatenate(pairs) if pairs else np.array([], dtype=int)
+        return Effects(plans=len(indices), rows=rows, ids=self.ids[chosen], shares=self.shares[chosen], own=self.own[chosen])
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all effects some plan takes part in, sorted."""
+        return tuple(sorted(_NAMES[i] for i in np.unique(self.ids)))
+
+
+class Features:
+    """The effects of some plans, worked out when a term asks for them."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = nodes
+        self._kinds: dict[str, Effects] = {}
+
+    def of(self, term: ModuleType) -> Effects:
+        """Return the effects that term learns about."""
+        kind = getattr(term, "LEARNS", "machine")
+        if kind not in self._kinds:
+            found = [_effects(node, kind) for node in self.nodes]
+            ids, shares, own = zip(*found, strict=True) if found else ((), (), ())
+            flat = itertools.chain.from_iterable
+            self._kinds[kind] = Effects(
+                plans=len(found),
+                rows=np.repeat(np.arange(len(found)), [len(one) for one in ids]),
+                ids=np.fromiter(flat(ids), dtype=int),
+                shares=np.fromiter(flat(shares), dtype=float),
+                own=np.fromiter(flat(own), dtype=float),
+            )
+        return self._kinds[kind]
+
+
+# Effects by number, for speed: the numbers never leave the process.
+_NAMES: list[str] = []
+_IDS: dict[str, int] = {}
+_COMMON: list[bool] = []
+
+
+def _number(name: str) -> int:
+    if name not in _IDS:
+        _IDS[name] = len(_NAMES)
+        _NAMES.append(name)
+        _COMMON.append(name.startswith(COMMON))
+    return _IDS[name]
+
+
+_SEEN_STEPS: dict[int, tuple[Step, tuple[int, int]]] = {}  # by the Step object, which spares hashing it
+
+
+def _step_numbers(step: Step) -> tuple[int, int]:
+    known = _SEEN_STEPS.get(id(step))
+    if known is not None and known[0] is step:
+        return known[1]
+    numbers = _number(f"technique:{step.technique}"), _number(f"setting:{step}")
+    if len(_SEEN_STEPS) < 100_000:
+        _SEEN_STEPS[id(step)] = (step, numbers)
+    return numbers
+
+
+def _effects(node: Node, kind: str) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Return (effects, shares of the machine's variance, shares of the steps' own) of one plan, kept on its node."""
+    if kind not in node.effects:
+        steps = tuple(itertools.chain.from_iterable([_step_numbers(step) for step, _, _ in node.steps]))
+        if kind == "quality":
+            own = _own_shares([variance for _, variance, _ in node.steps])
+            node.effects[kind] = (steps, (0.0,) * len(steps), own)
+        else:
+            engine, weight_format, _, compiled = node.key
+            common = _common_numbers(node.demand.model.digest, engine, f"{weight_format}{'/compiled' if compiled else ''}")
+            own = (0.0,) * len(common) + _own_shares([gain for _, _, gain in node.steps])
+            node.effects[kind] = ((*common, *steps), _COMMON_SHARES + _STEP_SHARES * len(node.steps), own)
+    return node.effects[kind]
+
+
+def _own_shares(weights: Sequence[float]) -> tuple[float, ...]:
+    # 0.7 of what a step brings is its technique's, 0.3 its setting's.
+    whole = sum(weights)
+    if not whole:
+        return (0.0, 0.0) * len(weights)
+    return tuple(itertools.chain.from_iterable([(0.7 * w / whole, 0.3 * w / whole) for w in weights]))
+
+
+_COMMON_SHARES = tuple(SHARES[kind] for kind in ("machine", "model", "engine", "format"))
+_STEP_SHARES = (SHARES["technique"], SHARES["setting"])
+
+
+@lru_cache(maxsize=10_000)
+def _common_numbers(model_digest: str, engine: str, weight_format: str) -> tuple[int, ...]:
+    names = ("machine", f"model:{model_digest}", f"engine:{engine}", f"format:{engine}/{weight_format}")
+    return tuple(_number(name) for name in names)
+
+
+def design(
+    effects: Effects, prior: tuple[Any, Any], names: Sequence[str], scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (plans, names) prior standard deviations of the named effects, and (plans,) variance of all others.
+
+    Args:
+        prior: (plans,) standard deviation of each plan's log error, and the part its steps bring with them.
+        scale: the metric's typical one, for effects common to all plans.
+    """
+    numbers = [_number(name) for name in names]
+    column_of = np.full(len(_NAMES), -1)
+    column_of[numbers] = np.arange(len(names))
+    columns = column_of[effects.ids]
+    whole, of_steps = (np.broadcast_to(sd, (effects.plans,)) ** 2 for sd in prior)
+    common = np.array(_COMMON, dtype=bool)[effects.ids]
+    variance = effects.shares * np.where(common, scale**2, np.maximum(whole - of_steps, 0.0)[effects.rows])
+    variance = variance + effects.own * of_steps[effects.rows]
+    known = columns >= 0
+    matrix = np.zeros((effects.plans, len(names)))
+    matrix[effects.rows[known], columns[known]] = np.sqrt(variance[known])
+    return matrix, np.bincount(effects.rows[~known], weights=variance[~known], minlength=effects.plans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """What was learned of one metric: effects in prior standard deviations, with their remaining covariance."""
+
+    effects: tuple[str, ...]
+    coefficients: tuple[float, ...]  # (effects,)
+    covariance: tuple[tuple[float, ...], ...]  # (effects, effects)
+    noise_sd: float  # of log(measured / predicted) once all effects are known
+    scale: float  # prior standard deviation common effects are shares of
+    widening: float  # conformal: factor on the standard deviation that gives the promised coverage
+    n: int  # measurements it was learned from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Corrections of each metric on one machine. Values only: JSON and back by knowledge_base.serde."""
+
+    hardware_fingerprint: str
+    corrections: Mapping[str, Correction]
+
+    def knows(self, term: ModuleType) -> bool:
+        """Return whether that term was calibrated."""
+        return term.QUANTITY in self.corrections
+
+    def correct(self, term: ModuleType, prediction: Prediction, features: Features) -> Prediction:
+        """Return the prediction corrected, with the uncertainty that remains. Parts grow in proportion."""
+        correction = self.corrections.get(term.QUANTITY)
+        if correction is None:
+            return prediction
+        log_shift, variance = posterior(correction, features.of(term), (prediction.log_sd, prediction.step_log_sd))
+        shift = getattr(term, "SHIFT", 0.0)
+        mid = (prediction.mid + shift) * np.exp(log_shift) - shift
+        doubtful = np.broadcast_to(prediction.log_sd, variance.shape) > 0
+        log_sd = np.where(doubtful, correction.widening * np.sqrt(variance), 0.0)
+        grown = np.exp(log_shift)
+        parts = {} if shift else {name: part * grown for name, part in prediction.parts.items()}
+        return replace(prediction, mid=mid, log_sd=log_sd, parts=parts)
+
+
+def posterior(correction: Correction, effects: Effects, prior: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (plans,) expected log error and (plans,) its remaining variance, noise included."""
+    matrix, unknown = design(effects, prior, correction.effects, correction.scale)
+    mean = matrix @ np.array(correction.coefficients)
+    covariance = np.array(correction.covariance).reshape(len(correction.effects), len(correction.effects))
+    variance = np.sum((matrix @ covariance) * matrix, axis=1)
+    return mean, np.maximum(variance, 0.0) + unknown + correction.noise_sd**2

@@ -1,0 +1,171 @@
+"""What a plan asks of any machine: the unchanged model's demand, rewritten by each step of the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from operator import attrgetter
+
+from cost_models.efficiency import kv_bytes_per_value
+from knowledge_base.registry import techniques
+from knowledge_base.types import Demand, Model, Plan, Step, Workload
+
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+# Operators of one decoder layer that an engine starts one after the other: 2 norms, 7 matrices, rotary, cache
+# update, attention, activation, 2 residual sums, less what every engine fuses.
+KERNELS_PER_LAYER = 14
+KERNELS_PER_STEP = 4  # embedding, last norm, head, choice of the token
+
+
+@lru_cache(maxsize=64)
+def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
+    """Return what the unchanged model asks of any machine under that engine.
+
+    Parameters are counted as the model's own figures say: `linear_params` in the layers (all experts),
+    `vocab_size x hidden_size` in the head (stored once when tied, read either way), the rest in `other`.
+    Arithmetic counts only the experts a token goes through:
+
+        linear_flop_per_token = 2 (linear_params - (params_total - params_active))
+        attention_flop_per_token_pair = 4 attention_layers heads head_size      (scores and weighted sum)
+
+    Activations live at once in prefill: gate, up and product of the feed-forward part and four hidden states
+    (measured on Qwen2.5: the gap between memory and cache is close to three feed-forward widths).
+    Left out: biases, norms and softmax arithmetic (below 1 %).
+    """
+    size = DTYPE_BYTES.get(model.weight_dtype) or model.weight_bytes / model.params_total
+    head_params = model.vocab_size * model.hidden_size
+    linear_bytes, embedding_bytes = model.linear_params * size, model.embedding_params * size
+    head_stored = 0.0 if model.tied_embeddings else head_params * size
+    compute = model.weight_dtype if model.weight_dtype in ("float32", "bfloat16", "float16") else "bfloat16"
+    idle_params = model.params_total - model.params_active
+    activation_size = DTYPE_BYTES[compute]
+    return Demand(
+        model=model,
+        workload=workload,
+        engine=engine,
+        linear_params=float(model.linear_params),
+        linear_bytes=linear_bytes,
+        embedding_bytes=embedding_bytes,
+        head_stored_bytes=head_stored,
+        head_read_bytes=head_params * size,
+        other_bytes=max(0.0, model.weight_bytes - linear_bytes - embedding_bytes - head_stored),
+        weight_format=model.weight_dtype,
+        compute_dtype=compute,
+        linear_flop_per_token=2.0 * (model.linear_params - idle_params),
+        head_flop_per_token=2.0 * head_params,
+        attention_flop_per_token_pair=4.0 * model.attention_layers * model.heads * model.head_size,
+        kv_bytes_per_token=float(model.kv_values_per_token * (kv_bytes_per_value(engine) or activation_size)),
+        activation_bytes_per_token=float((3 * model.ffn_size + 4 * model.hidden_size) * activation_size),
+        layers=float(model.layers),
+        kernels_per_step=float(KERNELS_PER_LAYER * model.layers + KERNELS_PER_STEP),
+        batch=1,
+    )
+
+
+def apply_steps(demand: Demand, steps: Iterable[Step]) -> Demand:
+    """Return the demand after every step's rewrite, in order.
+
+    Raises:
+        BadInput: a step names an unknown technique.
+    """
+    for step in steps:
+        demand = techniques.get(step.technique).rewrite(demand, **step.knobs)
+    return demand
+
+
+def demand_chain(plan: Plan, model: Model, workload: Workload) -> list[tuple[str, Demand]]:
+    """Return the demand as it came and after each step: [("unchanged", ...), ("weight_int8", ...), ...]."""
+    chain = [("unchanged", demand_of(model, workload, plan.engine))]
+    for step in plan.steps:
+        chain.append((str(step), apply_steps(chain[-1][1], (step,))))
+    return chain
+
+
+def step_read_bytes(demand: Demand) -> float:
+    """Return the least bytes of layer weights one decode step reads: all of a dense model's, the chosen experts' of others."""
+    idle_params = demand.model.params_total - demand.model.params_active
+    return demand.linear_bytes * max(0.0, 1 - idle_params / demand.linear_params)
+
+
+# ---------------------------------------------------------------- thousands of plans
+
+_NOT_NUMBERS = {"model", "workload", "engine", "weight_format", "compute_dtype", "threads", "compiled", "because"}
+NUMBERS = tuple(name for name in Demand.__dataclass_fields__ if name not in _NOT_NUMBERS)
+MODEL_NUMBERS = (
+    "params_total", "params_active", "experts", "experts_active", "state_bytes", "vocab_size", "hidden_size",
+)  # fmt: skip
+_numbers = attrgetter(*NUMBERS, *(f"model.{name}" for name in MODEL_NUMBERS))
+
+
+class Node:
+    """One prefix of steps with its demand; children are longer prefixes, so shared prefixes are rewritten once."""
+
+    __slots__ = ("_row", "children", "demand", "effects", "key", "seen", "steps")
+
+    def __init__(self, demand: Demand, steps: tuple[tuple[Step, float, float], ...] = ()) -> None:
+        self.demand = demand
+        # Each step with what its rewrite added: variance to the log of perplexity, log of tokens for each decode step.
+        self.steps = steps
+        self.key = (demand.engine, demand.weight_format, demand.compute_dtype, demand.compiled)
+        self.children: dict[Step, Node] = {}
+        self.seen: dict[int, tuple[Step, Node]] = {}  # children by the Step object, which spares hashing it again
+        self.effects: dict[str, tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]] = {}  # kept here by calibration.py
+        self._row: tuple[float, ...] | None = None
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """The demand's numbers in the order of NUMBERS + MODEL_NUMBERS, then threads and sliding window (or inf)."""
+        if self._row is None:
+            demand = self.demand
+            window = demand.model.sliding_window_tokens
+            self._row = (*_numbers(demand), demand.threads or float("inf"), window or float("inf"))
+        return self._row
+
+
+class Chains:
+    """Demands of many plans of one model and workload, memoised by prefix of steps."""
+
+    _LIMIT = 200_000  # nodes kept; beyond that the memo starts anew
+
+    def __init__(self, model: Model, workload: Workload) -> None:
+        self.model, self.workload = model, workload
+        self._roots: dict[str, Node] = {}
+        self._count = 0
+
+    def node(self, plan: Plan) -> Node:
+        """Return the plan's node.
+
+        Raises:
+            BadInput: a step names an unknown technique.
+        """
+        node = self._roots.get(plan.engine)
+        if node is None:
+            node = self._roots[plan.engine] = Node(demand_of(self.model, self.workload, plan.engine))
+        for step in plan.steps:
+            known = node.seen.get(id(step))
+            node = known[1] if known is not None and known[0] is step else self._child(node, step)
+        if self._count > self._LIMIT:
+            self._roots.clear()
+            self._count = 0
+        return node
+
+    def _child(self, node: Node, step: Step) -> Node:
+        child = node.children.get(step)
+        if child is None:
+            after = apply_steps(node.demand, (step,))
+            variance = after.perplexity_log_sd**2 - node.demand.perplexity_log_sd**2
+            gain = abs(math.log(after.tokens_per_step / node.demand.tokens_per_step))
+            child = node.children[step] = Node(after, (*node.steps, (step, max(0.0, variance), gain)))
+            self._count += 1
+        if len(node.seen) < 1000:
+            node.seen[id(step)] = (step, child)
+        return child
+
+
+@lru_cache(maxsize=4)
+def chains(model: Model, workload: Workload) -> Chains:
+    """Return the shared memo of one model and workload."""
+    return Chains(model, workload)

@@ -1,0 +1,125 @@
+"""How much of a device's peak each engine reaches with each weight format: the priors, from data with sources.
+
+The most telling row wins: one for the engine beats any other, then one for the format, then one for the kind of
+device, then one for compiled or not. Rows with `*` hold for all that have none of their own, so a new engine works
+at once, with wide intervals. Calibration corrects them from measurements.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+from knowledge_base.errors import EnvironmentProblem
+from knowledge_base.types import Device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """Shares of peak for one (engine, weight format, kind of device).
+
+    `read_ratio` of the memory bandwidth when reading weights at batch 1, unpacking included; `flop_ratio` of the
+    rate of `rate_dtype` in prefill; `log_sd` of both, in log space.
+    """
+
+    rate_dtype: str | None  # None: the plan's own compute dtype
+    read_ratio: float
+    flop_ratio: float
+    log_sd: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What an engine costs whatever the model: seconds for each operator and step, memory, and its cache."""
+
+    kernel_s: float
+    step_s: float
+    kv_read_ratio: float
+    kv_bytes_per_value: float | None  # None: as wide as the compute dtype
+    runtime_bytes: float
+    asynchronous: bool  # the host runs ahead of the device, so only the excess of its time counts
+    prefill_chunk_tokens: float | None  # None: the whole prompt at once
+    log_sd: float
+    source: str
+
+
+@lru_cache(maxsize=8)
+def read_rows(name: str) -> tuple[dict[str, str], ...]:
+    """Return the rows of one data file of the package."""
+    text = (files("knowledge_base.data") / name).read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines()))
+
+
+def _best(rows: tuple[dict[str, str], ...], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    # `wanted`: for each column the acceptable cells, best first; earlier columns weigh more.
+    found = [
+        (tuple(cells.index(row[column]) for column, cells in wanted.items()), row)
+        for row in rows
+        if all(row[column] in cells for column, cells in wanted.items())
+    ]
+    return min(found, key=lambda item: item[0])[1]
+
+
+@lru_cache(maxsize=512)
+def efficiency(engine: str, weight_format: str, compiled: bool, kind: str, features: frozenset[str]) -> Efficiency:
+    """Return the prior shares of peak."""
+    wanted = {
+        "engine": (engine, "*"),
+        "weight_format": (weight_format, "*"),
+        "device": (*sorted(features), kind, "*"),
+        "compiled": ("1" if compiled else "0", ""),
+    }
+    row = _best(read_rows("efficiencies.csv"), wanted)
+    return Efficiency(
+        rate_dtype=row["rate_dtype"] or None,
+        read_ratio=float(row["read_ratio"]),
+        flop_ratio=float(row["flop_ratio"]),
+        log_sd=float(row["log_sd"]),
+        source=row["source"],
+    )
+
+
+@lru_cache(maxsize=64)
+def overhead(engine: str, kind: str, features: frozenset[str]) -> Overhead:
+    """Return the prior costs of an engine on a kind of device."""
+    row = _best(read_rows("engine_overheads.csv"), {"engine": (engine, "*"), "device": (*sorted(features), kind, "*")})
+    return Overhead(
+        kernel_s=float(row["kernel_s"]),
+        step_s=float(row["step_s"]),
+        kv_read_ratio=float(row["kv_read_ratio"]),
+        kv_bytes_per_value=_number(row["kv_bytes_per_value"]),
+        runtime_bytes=float(row["runtime_bytes"]),
+        asynchronous=row["asynchronous"] == "1",
+        prefill_chunk_tokens=_number(row["prefill_chunk_tokens"]),
+        log_sd=float(row["log_sd"]),
+        source=row["source"],
+    )
+
+
+def kv_bytes_per_value(engine: str) -> float | None:
+    """Return the bytes an engine keeps for one number of its cache; None: as wide as the compute dtype."""
+    return _number(next((r["kv_bytes_per_value"] for r in read_rows("engine_overheads.csv") if r["engine"] == engine), ""))
+
+
+def rate(device: Device, dtype: str) -> float:
+    """Return a device's matmul rate for a dtype, in flop/s.
+
+    Raises:
+        EnvironmentProblem: the rate is not known; it is never guessed from another dtype's.
+    """
+    if dtype in device.flop_per_s:
+        return device.flop_per_s[dtype]
+    known = ", ".join(sorted(device.flop_per_s)) or "none"
+    raise EnvironmentProblem(
+        f"`{device.name}` has no known {dtype} rate; it is not guessed from another dtype",
+        hint=f"known rates: {known}. Store the weights in one of these, or measure on the machine itself: leanplan probe",
+        where="hardware",
+    )
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None

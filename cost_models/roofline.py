@@ -1,0 +1,169 @@
+"""The physics: time as the slower of reading and computing, memory as a sum, power as idle plus activity.
+
+Every function takes floats or numpy arrays (one entry for each plan) and returns the same. The roofline is
+Williams et al. 2009, doi:10.1145/1498765.1498785; efficiencies below peak come from efficiency.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cost_models.case import Case
+
+Parts = dict[str, Any]  # name of a part -> seconds or bytes, float or array; they add up to the whole
+
+
+def expert_share_read(case: Case, tokens: Any) -> Any:
+    """Return the share of the layers' weights one step reads when `tokens` tokens go through it.
+
+        1 - e (1 - k / E)^tokens        e: experts' share of the weights, k of E experts chosen by each token
+
+    1 for a dense model; a batch wakes more experts (independent, uniform routing assumed).
+
+    >>> from types import SimpleNamespace as S
+    >>> moe = S(experts=8, experts_active=2, params_total=46.7e9, params_active=12.9e9)
+    >>> round(float(expert_share_read(S(model=moe, demand=S(linear_params=46.4e9)), 1)), 2)
+    0.27
+    """
+    experts, active = case.model.experts, case.model.experts_active
+    routed = experts > active
+    idle = np.where(routed, 1 - active / np.maximum(experts, 1), 0.0)
+    idle_params = case.model.params_total - case.model.params_active
+    share = np.where(routed, np.minimum(idle_params / np.maximum(idle, 1e-9) / case.demand.linear_params, 1.0), 0.0)
+    return 1 - share * idle**tokens
+
+
+def causal_pairs(tokens: Any, window: Any) -> Any:
+    """Return the (query, key) pairs of one prompt under causal attention with a sliding window (inf: none).
+
+    >>> float(causal_pairs(4, 2.0)), float(causal_pairs(4, float("inf")))
+    (7.0, 10.0)
+    """
+    near = np.minimum(tokens, window)
+    return near * (near + 1) / 2 + (tokens - near) * near
+
+
+def matrices_s(read_bytes: Any, flop: Any, case: Case) -> Any:
+    """Return seconds for matrix products: the slower of reading the weights once and doing the arithmetic."""
+    return np.maximum(read_bytes / case.rates.weights_bytes_per_s, flop / case.rates.flop_per_s)
+
+
+def prefill_parts(case: Case) -> Parts:
+    """Return the parts of the seconds from the start of a batch's prefill to its first tokens.
+
+    The weights are read once for each chunk of the prompt; attention computes every causal pair; the head is
+    applied to the last position of each sequence. Left out: sampling, tokenising, queueing.
+    """
+    demand, rates = case.demand, case.rates
+    prompt = case.workload.prompt_tokens
+    tokens = demand.batch * prompt
+    chunks = np.ceil(tokens / np.minimum(rates.prefill_chunk_tokens, tokens))
+    read = demand.linear_bytes * expert_share_read(case, tokens / chunks) * chunks
+    device = {
+        "weights": matrices_s(read, demand.linear_flop_per_token * tokens, case),
+        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * demand.batch, case),
+        "attention": demand.batch * causal_pairs(prompt, case.model.window) * demand.attention_flop_per_token_pair / rates.flop_per_s
+        + demand.batch * prompt * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
+    }
+    return _with_host(device, chunks * demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+
+
+def decode_parts(case: Case) -> Parts:
+    """Return the parts of the seconds of one decode step at the request's mean context.
+
+    Weights are read once for the batch, the cache once for each sequence. A step of speculation computes
+    `verified_tokens_per_step` positions for `tokens_per_step` kept ones.
+    """
+    demand, rates = case.demand, case.rates
+    positions = demand.batch * demand.verified_tokens_per_step
+    context = mean_context(case)
+    device = {
+        "weights": matrices_s(
+            demand.linear_bytes * expert_share_read(case, positions), demand.linear_flop_per_token * positions, case
+        ),
+        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * positions, case),
+        "KV cache": np.maximum(
+            demand.batch * context * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
+            positions * context * demand.attention_flop_per_token_pair / rates.flop_per_s,
+        ),
+        "recurrent state": 2 * demand.batch * case.model.state_bytes / rates.bytes_per_s,
+    }
+    return _with_host(device, demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+
+
+def mean_context(case: Case) -> Any:
+    """Return the tokens a query sees halfway through the output, no more than the sliding window."""
+    return np.minimum(case.workload.prompt_tokens + case.workload.output_tokens / 2, case.model.window)
+
+
+def _with_host(device: Parts, host_s: Any, rates: Any) -> Parts:
+    # Where the host launches operators ahead of the device only its excess waits; else every gap adds to the time.
+    busy = sum(device.values())
+    return {**device, "engine overhead": np.where(rates.asynchronous > 0, np.maximum(host_s - busy, 0.0), host_s)}
+
+
+def request_work(case: Case) -> tuple[Any, Any]:
+    """Return (bytes read, flop) of one batch of requests from first to last token: what activity costs energy."""
+    demand = case.demand
+    prompt = case.workload.prompt_tokens
+    steps = (case.workload.output_tokens - 1) / demand.tokens_per_step
+    positions = demand.batch * demand.verified_tokens_per_step
+    context = mean_context(case)
+    read = demand.linear_bytes * expert_share_read(case, demand.batch * prompt) + demand.head_read_bytes
+    read = read + steps * (
+        demand.linear_bytes * expert_share_read(case, positions)
+        + demand.head_read_bytes
+        + demand.batch * context * demand.kv_bytes_per_token
+    )
+    flop = demand.batch * prompt * demand.linear_flop_per_token + demand.batch * demand.head_flop_per_token
+    flop = flop + demand.batch * causal_pairs(prompt, case.model.window) * demand.attention_flop_per_token_pair
+    flop = flop + steps * positions * (
+        demand.linear_flop_per_token + demand.head_flop_per_token + context * demand.attention_flop_per_token_pair
+    )
+    return read, flop
+
+
+def memory_parts(case: Case) -> Parts:
+    """Return the parts of the highest memory of the serving process, in bytes.
+
+    Activations are those of one prefill chunk of every sequence, plus the logits of the last positions in float32.
+    """
+    demand, rates = case.demand, case.rates
+    prompt_tokens = demand.batch * case.workload.prompt_tokens
+    live = np.minimum(prompt_tokens, rates.prefill_chunk_tokens)
+    return {
+        "weights": weights_bytes(case),
+        "KV cache": cache_bytes(case),
+        "activations": live * demand.activation_bytes_per_token + 4.0 * demand.batch * case.model.vocab_size,
+        "engine": rates.runtime_bytes,
+    }
+
+
+def weights_bytes(case: Case) -> Any:
+    """Return the bytes of all stored weights."""
+    demand = case.demand
+    return demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
+
+
+def cache_bytes(case: Case) -> Any:
+    """Return the bytes of cache and recurrent state of the batch at full prompt and output length."""
+    kept = np.minimum(case.workload.prompt_tokens + case.workload.output_tokens, case.model.window)
+    return case.demand.batch * (kept * case.demand.kv_bytes_per_token + case.model.state_bytes)
+
+
+def power_w(idle_w: Any, busy_w: Any, memory_share: Any, compute_share: Any, *, base: float) -> Any:
+    """Return mean watts while serving, never power cap x time.
+
+        idle + (busy - idle) min(1, base + 0.3 memory_share + 0.45 compute_share)
+
+    `base`: share of the span a device draws as soon as it runs anything (0.35 on accelerators, 0.6 on CPUs).
+    The weights reproduce the flat curve of measured serving power (ML.ENERGY v3, Apache-2.0: a B200 of 1000 W
+    draws 450 W at batch 8 and 690 W at batch 2043); GenZ splits board power into like shares.
+
+    >>> round(float(power_w(120, 1000, 0.15, 0.0, base=0.35))), round(float(power_w(120, 1000, 0.5, 0.3, base=0.35)))
+    (468, 679)
+    """
+    return idle_w + (busy_w - idle_w) * np.minimum(1.0, base + 0.3 * memory_share + 0.45 * compute_share)

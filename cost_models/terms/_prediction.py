@@ -1,0 +1,33 @@
+"""What a cost term returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Predicted values of one metric for many plans: arrays of shape (plans,).
+
+    `log_sd`: standard deviation of the error of log(mid), or of log(1 + mid) for a ratio that may be 0.
+    `step_log_sd`: the part of it that the plan's steps bring with them, whatever the machine.
+    `parts`: what the value is made of; where there are any, they add up to `mid`.
+    `note`: a clause on what was assumed, the same for all plans.
+    """
+
+    mid: Any
+    log_sd: Any
+    step_log_sd: Any = 0.0
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def total(parts: Mapping[str, Any], log_sds: Mapping[str, Any], default_log_sd: Any, note: str = "") -> Prediction:
+    """Return the sum of parts whose errors are independent: variances add, weighted by each part's share."""
+    mid = sum(parts.values())
+    variance = sum((part / mid * log_sds.get(name, default_log_sd)) ** 2 for name, part in parts.items())
+    return Prediction(mid=mid, log_sd=np.sqrt(variance), parts=parts, note=note)

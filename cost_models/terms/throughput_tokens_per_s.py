@@ -1,0 +1,17 @@
+"""Output tokens for each second, over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cost_models.case import Case
+from cost_models.terms._prediction import Prediction
+
+QUANTITY = "throughput_tokens_per_s"
+USES: tuple[str, ...] = ("latency_s",)
+
+
+def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
+    """Return batch x output_tokens / latency: batches follow one another without a gap."""
+    latency = used["latency_s"]
+    return Prediction(mid=case.demand.batch * case.workload.output_tokens / latency.mid, log_sd=latency.log_sd)

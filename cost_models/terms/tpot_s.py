@@ -1,0 +1,25 @@
+"""Time per output token after the first: one decode step over the tokens it yields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cost_models.case import Case
+from cost_models.roofline import decode_parts
+from cost_models.terms._prediction import Prediction, total
+
+QUANTITY = "tpot_s"
+USES: tuple[str, ...] = ()
+
+ACCEPTANCE_LOG_SD = 0.5  # of the gain from speculation: it depends on the text
+
+
+def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
+    """Return step seconds / tokens kept for each step."""
+    kept = case.demand.tokens_per_step
+    parts = {name: part / kept for name, part in decode_parts(case).items()}
+    step = total(parts, {"engine overhead": case.rates.overhead_log_sd, "KV cache": 0.5}, case.rates.weights_log_sd)
+    acceptance = ACCEPTANCE_LOG_SD * np.log(np.maximum(kept, 1.0))
+    return Prediction(mid=step.mid, log_sd=np.hypot(step.log_sd, acceptance), step_log_sd=acceptance, parts=parts)

@@ -1,0 +1,154 @@
+"""Replace matrices by the product of two thin ones, chosen so that little is lost on real inputs.
+
+SVD after whitening by the calibrated inputs (SVD-LLM, arXiv:2403.07378), each layer calibrated on the factorised
+ones before it. A matrix whose rank would not save anything keeps its form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from knowledge_base.techniques._quality import loss_after
+from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
+
+TECHNIQUE = Technique(
+    summary="factorise matrices by activation-aware SVD",
+    stage="compress",
+    family="rank",
+    taxonomy="model compression / low-rank factorisation",
+    knobs={"keep": Choice(options=(0.6, 0.8), default=0.8)},
+    saves=("weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "ttft_s"),
+    # Two kernels in place of one: decoding gains only where matrices are large against the cost of a launch.
+    spends=(
+        "perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s", "tpot_s", "latency_s",
+        "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token",
+    ),
+    needs=frozenset({"factorised"}),
+    provides=frozenset({"factors"}),
+    needs_calibration=True,
+    sources=("arXiv:2403.07378", "arXiv:2503.12340"),
+)  # fmt: skip
+
+_PPL = "WikiText-2 perplexity"
+_SVD_LLM = "https://arxiv.org/abs/2403.07378"
+EVIDENCE = tuple(
+    Evidence(model=model, setting=setting, quantity=quantity, baseline=baseline, value=value, source=source)
+    for model, setting, quantity, baseline, value, source in (
+        ("LLaMA-7B", "plain SVD, keep 0.8", _PPL, 5.68, 20061, _SVD_LLM),
+        ("LLaMA-7B", "whitening, keep 0.8", _PPL, 5.68, 7.94, _SVD_LLM),
+        ("LLaMA-7B", "whitening, keep 0.6", _PPL, 5.68, 13.73, _SVD_LLM),
+        ("LLaMA-7B", "whitening, keep 0.4", _PPL, 5.68, 66.62, _SVD_LLM),
+        ("LLaMA-7B", "keep 0.8, A100", "generation speed-up", 1.0, 1.29, "https://arxiv.org/abs/2503.12340"),
+    )
+)
+
+# transformers stores these together; one matrix of more rows has another rank
+_FUSED_QKV = {"gpt2", "gpt_neox", "phi3", "gpt_bigcode", "codegen", "persimmon"}
+_FUSED_GATE_UP = {"phi3"}
+
+
+def rank_for(out_features: int, in_features: int, keep: float) -> int:
+    """Return the rank that keeps about `keep` of a matrix's parameters, or 0 where no such rank saves any.
+
+        rank = keep * out * in / (out + in), to the nearest multiple of 32 (of 8 below 64) for the kernels' sake
+
+    >>> rank_for(256, 256, 0.8), rank_for(768, 256, 0.8), rank_for(8, 8, 0.8)
+    (96, 160, 0)
+    """
+    exact = keep * out_features * in_features / (out_features + in_features)
+    grain = 32 if exact >= 64 else 8
+    rank = round(exact / grain) * grain
+    return rank if 0 < rank * (out_features + in_features) < out_features * in_features else 0
+
+
+def matrices(model: Model) -> tuple[tuple[int, int], ...]:
+    """Return (out, in) of every matrix of one layer."""
+    hidden, q, kv = model.hidden_size, model.heads * model.head_size, model.kv_heads * model.head_size
+    attention = (
+        ((q + 2 * kv, hidden), (hidden, q))
+        if model.architecture in _FUSED_QKV
+        else ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q))
+    )
+    ups = 2 if model.gated_ffn else 1
+    up = (
+        ((ups * model.ffn_size, hidden),) if model.architecture in _FUSED_GATE_UP else ((model.ffn_size, hidden),) * ups
+    )
+    return (*attention, *up, (hidden, model.ffn_size))
+
+
+def kept_share(model: Model, keep: float) -> float:
+    """Return the share of the layers' matrix parameters that stays, with ranks rounded as they are."""
+    before = after = 0
+    for out_features, in_features in matrices(model):
+        rank = rank_for(out_features, in_features, keep)
+        before += out_features * in_features
+        after += rank * (out_features + in_features) if rank else out_features * in_features
+    return after / before
+
+
+def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
+    """Return why this cannot be done to that model, or None."""
+    if model.experts:
+        return "experts are stored as 3-D weights, which this does not factorise"
+    if model.attention_layers < model.layers:
+        return (
+            f"layers of {model.architecture} without attention use their weights directly; a module cannot replace them"
+        )
+    return None
+
+
+def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> str | None:
+    """Return why this setting means nothing for that model, or None."""
+    if kept_share(model, knobs["keep"]) >= 1:
+        return f"no matrix of {model.name} gets smaller at keep={knobs['keep']}"
+    return None
+
+
+def rewrite(demand: Demand, *, keep: float) -> Demand:
+    """Return the demand with fewer parameters, bytes and operations, and one more kernel for each factorised matrix."""
+    model = demand.model
+    share = kept_share(model, keep)
+    factorised = sum(1 for shape in matrices(model) if rank_for(*shape, keep))
+    log_ratio_7b = 3.2 * (1 - share) ** 1.4  # through EVIDENCE rows 2 and 3
+    demand = loss_after(demand, log_ratio_7b, 0.4 * log_ratio_7b)
+    inputs = sum(in_features**2 for _, in_features in matrices(model))
+    return replace(
+        demand,
+        linear_params=demand.linear_params * share,
+        linear_bytes=demand.linear_bytes * share,
+        linear_flop_per_token=demand.linear_flop_per_token * share,
+        kernels_per_step=demand.kernels_per_step + demand.layers * factorised,
+        build_flop=demand.build_flop + 16_384 * (4 * demand.linear_params + 2 * demand.layers * inputs),
+        because=(*demand.because, f"matrices factorised: {1 - share:.0%} fewer weights in the layers"),
+    )
+
+
+def execute(session: Session, *, keep: float) -> None:
+    """Replace every matrix that gets smaller by its whitened low-rank factors."""
+    import torch
+
+    from knowledge_base.errors import CandidateFailed
+    from knowledge_base.techniques._blocks import Matrix, each_layer
+    from knowledge_base.techniques._low_rank_module import LowRankLinear
+
+    before = after = 0
+
+    def change(index: int, layer: torch.nn.Module, found: list[Matrix]) -> None:
+        nonlocal before, after
+        for matrix in found:
+            if matrix.expert is not None:
+                raise CandidateFailed("unsupported", "experts stored as 3-D weights are not factorised")
+            out_features, in_features = matrix.weight.shape
+            rank = rank_for(out_features, in_features, keep)
+            before += matrix.weight.numel()
+            after += rank * (out_features + in_features) if rank else matrix.weight.numel()
+            if not rank:
+                continue
+            thin = LowRankLinear.factorise(matrix.weight, matrix.module.bias, matrix.inputs.products, rank=rank)
+            parent, _, child = matrix.name.rpartition(".")
+            setattr(layer.get_submodule(parent), child, thin)
+
+    each_layer(session, change, full=True, label="low_rank")
+    if after == before:
+        raise CandidateFailed("unsupported", f"no matrix of this model gets smaller at keep={keep}")
+    session.notes["low_rank.kept_ratio"] = after / before

@@ -1,0 +1,162 @@
+"""Store weights in one of llama.cpp's block formats.
+
+A row is cut into blocks of 32 or 256 weights that share scales; llama.cpp multiplies with the blocks as they are.
+Every matrix of the layers gets the chosen type, the embedding and output tables at least 6 bits (they are few bytes
+of a large model, and all output passes through them), vectors stay float32. A row that does not divide into a
+type's blocks takes the next wider type that fits, as llama.cpp's own converter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from knowledge_base.techniques._quality import loss_after
+from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
+
+TECHNIQUE = Technique(
+    summary="llama.cpp block formats: 3 to 8 bits, multiplied without unpacking to memory",
+    stage="quantise",
+    family="weights",
+    taxonomy="model compression / quantisation / weight-only",
+    knobs={"type": Choice(options=("q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16"), default="q4_k")},
+    saves=("weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "tpot_s", "latency_s",
+           "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),
+    spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s"),
+    needs=frozenset({"gguf"}),
+    provides=frozenset({"quantised"}),
+    modules=("xllamacpp", "gguf"),
+    sources=("https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md",
+             "https://github.com/ggml-org/llama.cpp/pull/1684"),
+)  # fmt: skip
+
+_SCORES = "https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md"
+_SCORES_70B = (
+    "https://github.com/ggerganov/llama.cpp/blob/0a21ad6e3f457f81ad6af43b95856bf7064a9ef9/examples/perplexity/README.md"
+)
+_SPEED = "https://github.com/ggml-org/llama.cpp/blob/311c2c9f0e/tools/quantize/README.md"
+EVIDENCE = (
+    *(
+        Evidence(model="Llama-3-8B", setting=f"{name}, no importance matrix", quantity="WikiText-2 perplexity",
+                 baseline=6.233160, value=value, source=_SCORES)
+        for name, value in (("q8_0", 6.234284), ("q6_K", 6.253382), ("q5_K_S", 6.336598), ("q4_K_S", 6.500529),
+                            ("q4_0", 6.700147), ("q3_K_S", 7.863786))
+    ),
+    *(
+        Evidence(model="Llama-2-70B", setting=name, quantity="WikiText-2 perplexity", baseline=3.4313, value=value,
+                 source=_SCORES_70B)
+        for name, value in (("Q6_K", 3.4367), ("Q5_K_S", 3.4483), ("Q4_K_S", 3.4852), ("Q4_0", 3.5550), ("Q3_K_S", 3.7019))
+    ),
+    *(
+        Evidence(model="Llama-2-7B", setting=name, quantity="WikiText-2 perplexity ratio", baseline=1.0, value=value,
+                 source=_SCORES)
+        for name, value in (("q8_0", 1.000689), ("q6_K", 1.002406), ("q4_K_M", 1.014242))
+    ),
+    *(
+        Evidence(model="Llama-3.1-8B", setting=f"{name}, hardware not stated", quantity="decode tokens/s, 128 tokens",
+                 baseline=29.17, value=value, source=_SPEED)
+        for name, value in (("Q8_0", 50.93), ("Q6_K", 58.67))
+    ),
+)  # fmt: skip
+
+# Bits a weight takes and weights that share a block: size of the block_* structs in ggml/src/ggml-common.h.
+BITS = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6.0, "q5_0": 5.5, "q5_k": 5.5,
+    "q4_0": 4.5, "q4_k": 4.5, "q3_k": 3.4375,
+}  # fmt: skip
+BLOCK = {"q8_0": 32, "q5_1": 32, "q5_0": 32, "q4_0": 32, "q6_k": 256, "q5_k": 256, "q4_k": 256, "q3_k": 256}
+_WIDER = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0"}
+
+# ln(perplexity ratio) of a 7B model and its standard deviation: between the Llama-2 and Llama-3 rows of EVIDENCE.
+_LOSS = {
+    "f16": (0.0, 3e-4), "q8_0": (4e-4, 4e-4), "q6_k": (3e-3, 1.5e-3), "q5_k": (0.012, 6e-3), "q4_k": (0.03, 0.012),
+    "q4_0": (0.055, 0.02), "q3_k": (0.17, 0.07),
+}  # fmt: skip
+# Multiply-adds a core could do while it quantises one weight: measured ns for each weight x 98 GFLOP/s (EPYC).
+_BUILD_FLOP = {"f16": 350, "q8_0": 330, "q6_k": 3_100, "q5_k": 6_400, "q4_k": 7_800, "q4_0": 250, "q3_k": 1_500}
+
+
+def stored_type(type: str, row: int) -> str:
+    """Return the type a matrix with rows of `row` weights gets: the chosen one, or the next wider that divides it.
+
+    >>> stored_type("q4_k", 4096), stored_type("q4_k", 896), stored_type("q4_k", 100)
+    ('q4_k', 'q5_0', 'f16')
+    """
+    while row % BLOCK.get(type, 1):
+        type = _WIDER.get(type, "f16")
+    return type
+
+
+def table_type(type: str) -> str:
+    """Return the type of the embedding and output tables: at least 6 bits."""
+    return type if BITS[type] >= BITS["q6_k"] else "q6_k"
+
+
+def bits_per_weight(model: Model, type: str) -> float:
+    """Return the mean bits of the layers' weights, each matrix in the type its rows allow."""
+    hidden, heads, kv, ffn = (
+        model.hidden_size,
+        model.heads * model.head_size,
+        model.kv_heads * model.head_size,
+        model.ffn_size,
+    )
+    matrices = (  # row length, rows
+        (hidden, heads + 2 * kv),
+        (heads, hidden),
+        (hidden, (2 if model.gated_ffn else 1) * ffn),
+        (ffn, hidden),
+    )
+    weights = sum(row * rows for row, rows in matrices)
+    return sum(row * rows * BITS[stored_type(type, row)] for row, rows in matrices) / weights
+
+
+def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
+    """Return None: what cannot take a type is refused knob by knob, and which models are written is the engine's."""
+    return None
+
+
+def legal(knobs: Mapping[str, str], model: Model, workload: Workload, hardware: Hardware) -> str | None:
+    """Return why this setting means nothing for that model, or None."""
+    type = knobs["type"]
+    if type == "f16" and model.weight_dtype == "float16":
+        return "the weights are stored as float16 already"
+    if stored_type(type, model.hidden_size) != type and stored_type(type, model.ffn_size) != type:
+        got = stored_type(type, model.hidden_size)
+        sizes = f"neither rows of {model.hidden_size} nor of {model.ffn_size}"
+        return f"{sizes} divide into blocks of {BLOCK[type]}; {type} would be {got}"
+    return None
+
+
+def rewrite(demand: Demand, *, type: str) -> Demand:
+    """Return the demand with every weight in the bits it is stored in, vectors in float32 and a float16 KV cache.
+
+    q4_k: blocks of 256 in 144 bytes, 4.5 bits; q6_k: 210 bytes, 6.5625 bits; q8_0: blocks of 32 in 34 bytes, 8.5.
+    """
+    model = demand.model
+    old_bits = 8 * demand.linear_bytes / demand.linear_params
+    bits = bits_per_weight(model, type)
+    tables = BITS[stored_type(table_type(type), model.hidden_size)] / old_bits
+    demand = loss_after(demand, *_LOSS[type])
+    read = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes
+    return replace(
+        demand,
+        linear_bytes=demand.linear_params * bits / 8,
+        embedding_bytes=demand.embedding_bytes * tables,
+        head_stored_bytes=demand.head_stored_bytes * tables,
+        head_read_bytes=demand.head_read_bytes * tables,
+        other_bytes=demand.other_bytes * BITS["f32"] / old_bits,
+        kv_bytes_per_token=2.0 * model.kv_values_per_token,
+        weight_format=type,
+        compute_dtype="float16" if type == "f16" else "int8",
+        build_flop=demand.build_flop + _BUILD_FLOP[type] * demand.linear_params,
+        build_bytes=demand.build_bytes + read,
+        because=(
+            *demand.because,
+            f"weights in {type}: {bits:.4g} bits each, embedding and output in {table_type(type)}",
+        ),
+    )
+
+
+def execute(session: Session, *, type: str) -> None:
+    """Ask the engine's export for this type; the export writes it and notes every matrix that needed a wider one."""
+    session.storage["gguf_type"] = type

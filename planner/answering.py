@@ -1,0 +1,209 @@
+"""From what was measured (or predicted) to the answer: the front, the recommendation, and the reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import cost_models
+from knowledge_base import units
+from knowledge_base.metrics import METRICS, find_metric
+from knowledge_base.types import Budget, Estimate, Measurement, Plan
+from planner.results import PlanResult, Rejection, Verdict
+
+TIE = 0.03  # figures closer than this share are equal for a recommendation: the next objective decides
+
+
+def value_of(result: PlanResult, label: str) -> float | None:
+    """Return a result's figure for an objective: measured if it was measured, else predicted."""
+    metric, statistic = find_metric(label)
+    if result.measurement:
+        figure = result.measurement.figures.get(metric.name)
+        if figure is None:
+            return None
+        from planner.statistics import point
+
+        return point(figure, statistic)
+    value = result.estimate.values.get(metric.name) if result.estimate else None
+    return value.mid if value else None
+
+
+def mark_front(results: Sequence[PlanResult], objectives: Sequence[str]) -> list[PlanResult]:
+    """Return the results with `on_front` set: undominated among the feasible ones, or among all when none is."""
+    import numpy as np
+
+    from search.pareto import front
+
+    def cost(result: PlanResult) -> list[float] | None:
+        row = []
+        for label in objectives:
+            value = value_of(result, label)
+            if value is None:
+                return None
+            row.append(value if find_metric(label)[0].better == "lower" else -value)
+        return row
+
+    costs = {i: row for i, r in enumerate(results) if not failed(r) and (row := cost(r)) is not None}
+    feasible = [i for i in costs if results[i].feasible] or list(costs)
+    chosen = {feasible[k] for k in front(np.array([costs[i] for i in feasible]))} if feasible else set()
+    return [replace(r, on_front=i in chosen) for i, r in enumerate(results)]
+
+
+def recommend(results: Sequence[PlanResult], objectives: Sequence[str]) -> PlanResult | None:
+    """Return the feasible plan that is best on the first objective, near-ties settled by the next ones.
+
+    None when no plan meets every error budget.
+    """
+    field = [r for r in results if r.feasible and not failed(r) and r.on_front]
+    for label in objectives:
+        sign = 1 if find_metric(label)[0].better == "lower" else -1
+        scored = [(sign * value, r) for r in field if (value := value_of(r, label)) is not None]
+        if scored:
+            best = min(score for score, _ in scored)
+            field = [r for score, r in scored if score <= best + TIE * abs(best)]
+    return field[0] if field else None
+
+
+def failed(result: PlanResult) -> bool:
+    """Return whether a measured candidate has a failure instead of figures."""
+    return bool(result.measurement and result.measurement.failure)
+
+
+def sentence(best: PlanResult | None, results: Sequence[PlanResult], objectives: Sequence[str], measured: bool) -> str:
+    """Return the answer in one sentence."""
+    if best is None:
+        inconclusive = [r for r in results if not failed(r) and r.verdicts and all(v.outcome != "not met" for v in errors(r))]
+        if inconclusive:
+            return f"No plan is certain to meet every budget; {len(inconclusive)} cannot be told apart from it."
+        return "No plan meets every budget."
+    changes = []
+    for label in objectives:
+        metric, _ = find_metric(label)
+        value, reference = value_of(best, label), value_of(results[0], label)
+        if value is None:
+            continue
+        text = f"{metric.label} {units.format(value, metric.dimension)}"
+        if reference and best.plan != results[0].plan and metric.dimension != "ratio":
+            text += f" ({value / reference:.2f}× the unchanged model's)"
+        changes.append(text)
+    kind = "measured" if measured else "predicted"
+    return f"{best.plan.words}: {', '.join(changes)}; {kind}."
+
+
+def errors(result: PlanResult) -> list[Verdict]:
+    """Return the verdicts on budgets of level error."""
+    return [v for v in result.verdicts if v.budget.level == "error"]
+
+
+def reasons(result: PlanResult, results: Sequence[PlanResult], price: Mapping[Plan, Estimate], objectives: Sequence[str]) -> tuple[str, ...]:
+    """Return why a plan is what it is: what each step bought and cost, and which budgets bind.
+
+    A step's effect is measured where the same plan without it was measured too, else predicted, and said so.
+
+    Args:
+        price: predicted estimates of the plan and of the plan less each step.
+    """
+    if not result.plan.steps:
+        lines = ["the model as it came" if result is results[0] else f"the unchanged weights on {result.plan.engine}"]
+    else:
+        lines = []
+    by_plan = {r.plan: r for r in results if r.measurement and not failed(r)}
+    for step in result.plan.steps:
+        fewer = replace(result.plan, steps=tuple(s for s in result.plan.steps if s != step))
+        if result.plan in by_plan and fewer in by_plan:
+            before, after, kind = by_plan[fewer], result, "measured"
+        elif fewer in price and result.plan in price:
+            before, after, kind = PlanResult(plan=fewer, estimate=price[fewer]), PlanResult(plan=result.plan, estimate=price[result.plan]), "predicted"
+        else:
+            continue
+        effects = []
+        for name in dict.fromkeys([*(find_metric(o)[0].name for o in objectives), "tpot_s", "ttft_s", "peak_memory_bytes", "artefact_bytes", "quality_loss_ratio"]):
+            a, b = value_of(before, name), value_of(after, name)
+            if a is None or b is None:
+                continue
+            if METRICS[name].dimension == "ratio":
+                if abs(b - a) >= 0.0005:
+                    effects.append(f"{METRICS[name].label} {b - a:+.1%} points")
+            elif a and abs(b / a - 1) >= 0.01:
+                effects.append(f"{METRICS[name].label} {b / a - 1:+.0%}")
+        lines.append(f"{step}: {', '.join(effects) or 'no effect of 1 % or more'} ({kind})")
+    binding = sorted((v for v in result.verdicts if slack(v) is not None and v.outcome == "met"), key=lambda v: slack(v) or 0.0)
+    if binding:
+        lines.append(f"tightest budget: {binding[0].sentence} ({slack(binding[0]):.0%} to spare)")
+    return tuple(lines)
+
+
+def slack(verdict: Verdict) -> float | None:
+    """Return how far the figure is inside its limit, as a share of the limit; negative when beyond."""
+    value = verdict.figure.value if verdict.figure else verdict.value.mid if verdict.value else None
+    if value is None or not verdict.limit:
+        return None
+    return (1 - value / verdict.limit) * (1 if verdict.budget.bound == "max" else -1)
+
+
+def rejections(results: Sequence[PlanResult], refused: Sequence[Rejection], infeasible: Mapping[str, int]) -> tuple[Rejection, ...]:
+    """Return what was not chosen: measured and beyond a budget, predicted beyond one, refused by a rule.
+
+    Args:
+        infeasible: budget label -> number of priced plans predicted to be beyond it.
+    """
+    out = []
+    for result in results:
+        beyond = [v.sentence for v in errors(result) if v.outcome == "not met"]
+        if result.measurement and not failed(result) and beyond:
+            out.append(Rejection(what=result.plan.words, why="; ".join(beyond), kind="measured"))
+    causes = Counter((r.measurement.failure.kind, r.measurement.failure.message) for r in results if r.measurement and r.measurement.failure)
+    out += [Rejection(what=f"{kind} candidates", why=why, kind="failed", count=n) for (kind, why), n in causes.most_common()]
+    for label, count in sorted(infeasible.items(), key=lambda item: -item[1]):
+        if count:
+            out.append(Rejection(what="priced plans", why=f"predicted beyond {label}", kind="predicted", count=count))
+    return (*out, *refused)
+
+
+def nearest(results: Sequence[PlanResult], budgets: Sequence[Budget]) -> tuple[str, ...]:
+    """Return, when nothing fits, each error budget's best achieved figure and the plan nearest to all of them."""
+    lines = []
+    usable = [r for r in results if not failed(r)]
+    for budget in budgets:
+        if budget.level != "error":
+            continue
+        scored = [(slack(v), r, v) for r in usable for v in r.verdicts if v.budget == budget and slack(v) is not None]
+        if not scored:
+            continue
+        best = max(scored, key=lambda item: item[0] or 0.0)
+        if best[2].outcome != "met":
+            lines.append(f"{budget.label}: the best found is {best[2].sentence} ({best[1].plan.words})")
+    shortfall = {r.plan: max((-(slack(v) or 0.0) for v in errors(r)), default=0.0) for r in usable}
+    if shortfall:
+        plan = min(shortfall, key=lambda p: shortfall[p])
+        lines.append(f"nearest to all budgets: {plan.words}, short by {max(0.0, shortfall[plan]):.0%} on its worst")
+    return tuple(lines)
+
+
+def prediction_errors(estimates: Mapping[Plan, Estimate], measurements: Sequence[Measurement]) -> dict[str, dict[str, float]]:
+    """Return metric -> n, median_abs_ratio, coverage, for predictions made before each plan was measured."""
+    out: dict[str, dict[str, float]] = {}
+    for name in METRICS:
+        pairs = []
+        for m in measurements:
+            figure = m.figures.get(name)
+            value = estimates[m.plan].values.get(name) if m.plan in estimates else None
+            if figure and value and figure.source == "measured":
+                pairs.append((value, figure.value))
+        if not pairs:
+            continue
+        if METRICS[name].dimension == "ratio":  # a ratio of ratios says nothing near zero: compare perplexity factors
+            off = sorted(abs((1 + v.mid) / (1 + x) - 1) for v, x in pairs)
+        else:
+            off = sorted(abs(v.mid / x - 1) for v, x in pairs if x)
+        if off:
+            held = sum(v.low <= x <= v.high for v, x in pairs) / len(pairs)
+            out[name] = {"n": float(len(pairs)), "median_abs_ratio": off[len(off) // 2], "worst_abs_ratio": off[-1], "coverage": held}
+    return out
+
+
+def price_with_and_without(plan: Plan, **setting: object) -> dict[Plan, Estimate]:
+    """Return estimates of a plan and of the plan less each of its steps."""
+    plans = [plan, *(replace(plan, steps=tuple(s for s in plan.steps if s != step)) for step in plan.steps)]
+    return {p: cost_models.estimate(p, **setting) for p in plans}  # type: ignore[arg-type]

@@ -1,0 +1,242 @@
+"""The tensors a causal language model of a known family stores, from its config.json alone.
+
+One table gives the exact parameter count without weights, and tells which weights are missing where there are some.
+Families that are not in it are described by transformers itself (planner/reading.py). Shapes follow the modelling
+code of transformers 5 (src/transformers/models/<family>/modeling_<family>.py); tests compare every family with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The sizes of a config.json under one name each."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    experts: int = 0
+    experts_active: int = 0  # for each token
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How a family stores its tensors, and the defaults its config class has for keys that may be absent."""
+
+    shapes: Callable[[Family, Sizes, Mapping[str, Any]], Shapes]
+    tied: bool = False
+    head_size: int | None = None  # None: hidden_size / heads
+    gated: bool = True
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    qkv_bias: bool | tuple[str, bool] = ("attention_bias", False)  # a constant, or a key of config.json and its default
+    output_bias: bool | tuple[str, bool] = ("attention_bias", False)
+    qk_norm: str = ""  # "head": one weight for each number of a head, "full": for each number of the projection
+    experts: str = ""  # "mixtral" | "qwen": how their tensors are named
+
+
+def _flag(value: bool | tuple[str, bool], config: Mapping[str, Any]) -> bool:
+    return value if isinstance(value, bool) else bool(config.get(*value))
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
+    return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
+
+
+def _llama(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
+    query, key = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
+    bias, output_bias, ffn_bias = (_flag(b, config) for b in (family.qkv_bias, family.output_bias, ("mlp_bias", False)))
+    shapes: Shapes = {"model.embed_tokens.weight": (sizes.vocab_size, hidden)}
+    for layer in range(sizes.layers):
+        at = f"model.layers.{layer}"
+        attention = f"{at}.self_attn"
+        if family is FAMILIES["phi3"]:
+            shapes |= _linear(f"{attention}.qkv_proj", query + 2 * key, hidden)
+        else:
+            shapes |= _linear(f"{attention}.q_proj", query, hidden, bias)
+            shapes |= _linear(f"{attention}.k_proj", key, hidden, bias) | _linear(f"{attention}.v_proj", key, hidden, bias)
+        shapes |= _linear(f"{attention}.o_proj", hidden, query, output_bias)
+        if family.qk_norm:
+            full = family.qk_norm == "full"
+            shapes[f"{attention}.q_norm.weight"] = (query if full else sizes.head_size,)
+            shapes[f"{attention}.k_norm.weight"] = (key if full else sizes.head_size,)
+        shapes |= {f"{at}.{norm}.weight": (hidden,) for norm in family.norms}
+        if _sparse(family, config, layer):
+            shapes |= _experts(family, sizes, config, at)
+        elif family is FAMILIES["phi3"]:
+            shapes |= _linear(f"{at}.mlp.gate_up_proj", 2 * ffn, hidden) | _linear(f"{at}.mlp.down_proj", hidden, ffn)
+        else:
+            shapes |= _gated(f"{at}.mlp", hidden, int(config["intermediate_size"]) if family.experts else ffn, ffn_bias)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (sizes.vocab_size, hidden)
+    return shapes
+
+
+def _gated(at: str, hidden: int, ffn: int, bias: bool = False) -> Shapes:
+    shapes = _linear(f"{at}.gate_proj", ffn, hidden, bias) | _linear(f"{at}.up_proj", ffn, hidden, bias)
+    return shapes | _linear(f"{at}.down_proj", hidden, ffn, bias)
+
+
+def _sparse(family: Family, config: Mapping[str, Any], layer: int) -> bool:
+    if family.experts != "qwen":
+        return bool(family.experts)
+    return layer not in config.get("mlp_only_layers", ()) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+
+
+def _experts(family: Family, sizes: Sizes, config: Mapping[str, Any], at: str) -> Shapes:
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
+    if family.experts == "mixtral":
+        at += ".block_sparse_moe"
+        shapes = _linear(f"{at}.gate", sizes.experts, hidden)
+        for expert in range(sizes.experts):
+            one = f"{at}.experts.{expert}"
+            shapes |= {f"{one}.w1.weight": (ffn, hidden), f"{one}.w2.weight": (hidden, ffn), f"{one}.w3.weight": (ffn, hidden)}
+        return shapes
+    at += ".mlp"
+    shapes = _linear(f"{at}.gate", sizes.experts, hidden)
+    for expert in range(sizes.experts):
+        shapes |= _gated(f"{at}.experts.{expert}", hidden, ffn)
+    if shared := config.get("shared_expert_intermediate_size"):
+        shapes |= _gated(f"{at}.shared_expert", hidden, shared) | _linear(f"{at}.shared_expert_gate", 1, hidden)
+    return shapes
+
+
+def _norm(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _gpt2(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
+
+    def transposed(name: str, rows: int, columns: int) -> Shapes:  # transformers' Conv1D stores (inputs, outputs)
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
+
+    shapes: Shapes = {
+        "transformer.wte.weight": (sizes.vocab_size, hidden),
+        "transformer.wpe.weight": (sizes.context_tokens, hidden),
+    }
+    for layer in range(sizes.layers):
+        at = f"transformer.h.{layer}"
+        shapes |= _norm(f"{at}.ln_1", hidden) | _norm(f"{at}.ln_2", hidden)
+        shapes |= transposed(f"{at}.attn.c_attn", hidden, 3 * hidden) | transposed(f"{at}.attn.c_proj", hidden, hidden)
+        shapes |= transposed(f"{at}.mlp.c_fc", hidden, ffn) | transposed(f"{at}.mlp.c_proj", ffn, hidden)
+    return shapes | _norm("transformer.ln_f", hidden) | {"lm_head.weight": (sizes.vocab_size, hidden)}
+
+
+def _gpt_neox(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
+    bias = bool(config.get("attention_bias", True))
+    shapes: Shapes = {"gpt_neox.embed_in.weight": (sizes.vocab_size, hidden)}
+    for layer in range(sizes.layers):
+        at = f"gpt_neox.layers.{layer}"
+        shapes |= _norm(f"{at}.input_layernorm", hidden) | _norm(f"{at}.post_attention_layernorm", hidden)
+        shapes |= _linear(f"{at}.attention.query_key_value", 3 * hidden, hidden, bias)
+        shapes |= _linear(f"{at}.attention.dense", hidden, hidden, bias)
+        shapes |= _linear(f"{at}.mlp.dense_h_to_4h", ffn, hidden, True) | _linear(f"{at}.mlp.dense_4h_to_h", hidden, ffn, True)
+    return shapes | _norm("gpt_neox.final_layer_norm", hidden) | {"embed_out.weight": (sizes.vocab_size, hidden)}
+
+
+def _mamba(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
+    hidden, inner, state = sizes.hidden_size, sizes.ffn_size, int(config["state_size"])
+    rank = config.get("time_step_rank", "auto")
+    rank = -(-hidden // 16) if rank == "auto" else int(rank)
+    bias = bool(config.get("use_bias", False))
+    shapes: Shapes = {"backbone.embeddings.weight": (sizes.vocab_size, hidden)}
+    for layer in range(sizes.layers):
+        at = f"backbone.layers.{layer}.mixer"
+        shapes |= {f"backbone.layers.{layer}.norm.weight": (hidden,), f"{at}.A_log": (inner, state), f"{at}.D": (inner,)}
+        shapes[f"{at}.conv1d.weight"] = (inner, 1, int(config["conv_kernel"]))
+        if config.get("use_conv_bias", True):
+            shapes[f"{at}.conv1d.bias"] = (inner,)
+        shapes |= _linear(f"{at}.in_proj", 2 * inner, hidden, bias) | _linear(f"{at}.x_proj", rank + 2 * state, inner)
+        shapes |= _linear(f"{at}.dt_proj", inner, rank, True) | _linear(f"{at}.out_proj", hidden, inner, bias)
+    return shapes | {"backbone.norm_f.weight": (hidden,), "lm_head.weight": (sizes.vocab_size, hidden)}
+
+
+_FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(shapes=_llama),
+    "mistral": Family(shapes=_llama, qkv_bias=False, output_bias=False),
+    "granite": Family(shapes=_llama),
+    "smollm3": Family(shapes=_llama, tied=True),
+    "qwen2": Family(shapes=_llama, qkv_bias=True, output_bias=False),
+    "qwen3": Family(shapes=_llama, head_size=128, qk_norm="head"),
+    "phi3": Family(shapes=_llama, qkv_bias=False, output_bias=False),
+    "gemma": Family(shapes=_llama, tied=True, head_size=256),
+    "gemma2": Family(shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS),
+    "gemma3_text": Family(shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS, qk_norm="head"),
+    "olmo2": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
+    "olmo3": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
+    "mixtral": Family(shapes=_llama, qkv_bias=False, output_bias=False, experts="mixtral"),
+    "qwen2_moe": Family(shapes=_llama, qkv_bias=("qkv_bias", True), output_bias=False, experts="qwen"),
+    "qwen3_moe": Family(shapes=_llama, qk_norm="head", experts="qwen"),
+    "gpt2": Family(shapes=_gpt2, tied=True, gated=False),
+    "gpt_neox": Family(shapes=_gpt_neox, gated=False),
+    "mamba": Family(shapes=_mamba, tied=True),
+}
+
+
+# ---------------------------------------------------------------- parts of a model, by the names of tensors
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.\d+\.")
+_OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video|projector|aligner")
+_BUFFER = re.compile(r"(?:\.(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.(?:inv_freq|cos_cached|sin_cached))$")
+_NOT_LINEAR = re.compile(r"A_log|conv|embed|norm|\.wpe|time_mix|time_decay|pos_emb")
+_INPUT = re.compile(r"(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings|embedding)\.weight$")
+_OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|head)\.weight$")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether old files store it although nobody learnt it: attention masks, rotary frequencies."""
+    return bool(_BUFFER.search(name))
+
+
+def part_of(name: str, shape: Shape) -> str:
+    """Return which part of the model a tensor is: "linear", "embedding", "head" or "other"."""
+    if _OTHER_SENSES.search(name):
+        return "other"
+    if _LAYER.search(name):
+        expert = ".experts." in name and len(shape) == 3
+        return "linear" if (len(shape) == 2 and not _NOT_LINEAR.search(name)) or expert else "other"
+    if len(shape) == 2 and _INPUT.search(name):
+        return "embedding"
+    return "head" if len(shape) == 2 and _OUTPUT.search(name) else "other"
+
+
+def count(shapes: Mapping[str, Shape], sizes: Sizes, *, tied: bool) -> dict[str, int]:
+    """Return parameter counts by part. A tied head is not counted again, buffers not at all."""
+    totals, expert_params, rows = Counter[str](), 0, 0
+    for name, shape in shapes.items():
+        part = part_of(name, shape)
+        if is_buffer(name) or (tied and part == "head"):
+            continue
+        totals[part] += math.prod(shape)
+        if part == "linear" and ".experts." in name:
+            expert_params += math.prod(shape)
+        if part == "embedding":
+            rows = max(rows, shape[0])
+    total = sum(totals.values())
+    idle = 0
+    if sizes.experts:
+        idle = expert_params * (sizes.experts - sizes.experts_active) // sizes.experts
+    return {
+        "params_total": total, "params_active": total - idle, "linear_params": totals["linear"],
+        "embedding_params": totals["embedding"], "vocabulary_rows": rows or sizes.vocab_size,
+    }  # fmt: skip

@@ -1,0 +1,273 @@
+"""The facts of a language model's config.json under one name each, within bounds; json is all that is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knowledge_base.errors import BadInput
+from planner.architectures import Family, Sizes
+
+LONGEST_CONFIG_BYTES = 2**20
+UNLIMITED_CONTEXT_TOKENS = 1_048_576  # stands for "no limit" where config.json states none
+
+# One fact, the names config.json files have for it (the first is used in messages), smallest and largest value.
+_KEYS: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "layers": (("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 1, 4096),
+    "hidden_size": (("hidden_size", "n_embd", "d_model", "n_embed", "model_dim", "dim"), 1, 2**20),
+    "heads": (("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 1, 2**16),
+    "kv_heads": (("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"), 1, 2**16),
+    "head_size": (("head_dim", "attention_head_dim", "kv_channels"), 1, 2**16),
+    "ffn_size": (("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "hidden_dim"), 1, 2**24),
+    "expert_ffn_size": (("moe_intermediate_size", "expert_ffn_hidden_size"), 1, 2**24),
+    "vocab_size": (("vocab_size", "n_vocab", "padded_vocab_size"), 1, 4_000_000),
+    "context_tokens": (
+        ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length", "model_max_length"),
+        1, 2**31,
+    ),
+    "experts": (("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 0, 65536),
+    "experts_active": (("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k"), 0, 65536),
+    "window": (("sliding_window", "sliding_window_size", "attention_window_size"), 1, 2**31),
+    "state_size": (("state_size", "mamba_d_state", "ssm_state_size"), 1, 2**16),
+    "conv_kernel": (("conv_kernel", "mamba_d_conv"), 1, 4096),
+    "expand": (("expand", "mamba_expand"), 1, 4096),
+    "state_heads": (("mamba_n_heads", "mamba_num_heads"), 1, 2**16),
+    "state_head_size": (("mamba_d_head", "mamba_head_dim"), 1, 2**16),
+    "state_groups": (("n_groups", "mamba_n_groups"), 1, 2**16),
+    "latent_rank": (("kv_lora_rank",), 1, 2**20),
+    "latent_query_head": (("qk_nope_head_dim",), 1, 2**16),
+    "latent_rope_head": (("qk_rope_head_dim",), 1, 2**16),
+    "latent_value_head": (("v_head_dim",), 1, 2**16),
+}  # fmt: skip
+_RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # no attention at all
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_attention")
+_MIXED_WINDOWS = ("gemma2", "gemma3", "gemma3_text", "cohere2", "gpt_oss", "olmo3", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gpt_neo")
+_PLAIN_FFN = (
+    "gpt2", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "codegen", "opt", "bloom", "falcon", "phi", "mpt", "starcoder2",
+    "gpt_bigcode", "nemotron", "persimmon", "biogpt", "xglm", "fuyu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What config.json says of a language model. `window`: of every attention layer, else None."""
+
+    sizes: Sizes
+    gated: bool
+    window: int | None
+    attention_layers: int
+    state_values: int  # numbers of recurrent state for each sequence, all layers
+
+
+def _fact(config: Mapping[str, Any], fact: str, where: str) -> int | None:
+    """Return one fact of config.json, or None where it is absent or null.
+
+    Raises:
+        BadInput: not a whole number, or out of bounds; names the key.
+    """
+    names, low, high = _KEYS[fact]
+    key = next((name for name in names if config.get(name) is not None), None)
+    if key is None:
+        return None
+    value = config[key]
+    if isinstance(value, list) and value and all(type(v) is int for v in value):
+        value = max(value)  # one for each layer: plan for the widest
+    if type(value) is not int:
+        raise BadInput(f"config.json: {key} must be a whole number, got {value!r:.60}", hint="mend config.json", where=where)
+    if not low <= value <= high:
+        limit = f"≥ {low}" if value < low else f"≤ {high}"
+        raise BadInput(f"config.json: {key} must be {limit}, got {str(value)[:40]}", hint="mend config.json", where=where)
+    return value
+
+
+def check_bounds(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a size that is not a whole number within bounds; absent ones pass.
+
+    Raises:
+        BadInput: names the key and the bound.
+    """
+    for fact in _KEYS:
+        _fact(config, fact, where)
+
+
+def lacks_sizes(config: Mapping[str, Any]) -> bool:
+    """Whether sizes nobody can plan without are left to transformers' defaults."""
+    kind = config.get("model_type")
+    needed = ["layers", "hidden_size", "vocab_size"]
+    if kind not in _RECURRENT:
+        needed.append("heads")
+    return any(all(config.get(name) is None for name in _KEYS[fact][0]) for fact in needed)
+
+
+def facts_of(config: Mapping[str, Any], family: Family | None, notes: list[str], *, where: str) -> Facts:
+    """Return the sizes of a language model's config, within bounds and consistent.
+
+    Raises:
+        BadInput: a size is missing, out of bounds or does not fit the others.
+    """
+    kind = str(config.get("model_type"))
+    got = {fact: _fact(config, fact, where) for fact in _KEYS}
+
+    def need(fact: str) -> int:
+        value = got[fact]
+        if value is None:
+            raise BadInput(f"config.json: no {_KEYS[fact][0][0]}", hint="mend config.json", where=where)
+        return value
+
+    layers, hidden, vocab = need("layers"), need("hidden_size"), need("vocab_size")
+    recurrent = kind in _RECURRENT
+    heads = 0 if recurrent else need("heads")
+    kv_heads = 0 if recurrent else _kv_heads(config, got["kv_heads"], heads, where)
+    head_size = 0
+    if not recurrent:
+        if got["latent_rank"] and got["latent_query_head"] and got["latent_value_head"]:
+            # Latent attention as transformers runs it: full keys and values are cached; this is the mean of their sizes.
+            head_size = -(-(got["latent_query_head"] + (got["latent_rope_head"] or 0) + got["latent_value_head"]) // 2)
+            kv_heads = heads
+        else:
+            head_size = got["head_size"] or (family.head_size if family else None) or _divide(hidden, heads, where)
+    ffn = got["ffn_size"]
+    if recurrent and ffn is None:
+        ffn = (got["expand"] or 2) * hidden
+    experts = got["experts"] or 0
+    if experts:
+        ffn = got["expert_ffn_size"] or ffn
+    context = got["context_tokens"]
+    if context is None:
+        context = UNLIMITED_CONTEXT_TOKENS
+        notes.append(f"config.json states no context length; {context} tokens are taken as its limit")
+    active = min(got["experts_active"] or (2 if experts else 0), experts)
+    if experts and got["experts_active"] is None:
+        notes.append("config.json does not say how many experts a token uses; 2 are assumed")
+    attention_layers = 0 if recurrent else _attention_layers(config, layers, where)
+    state_values = (layers - attention_layers if not recurrent and attention_layers < layers else layers) * _state(config, got, hidden)
+    if attention_layers < layers and not state_values:
+        notes.append(f"the recurrent state of `{kind}` is not counted in memory")
+    gated = family.gated if family else kind not in _PLAIN_FFN
+    return Facts(
+        sizes=Sizes(
+            layers=layers, hidden_size=hidden, heads=heads, kv_heads=kv_heads, head_size=head_size,
+            ffn_size=ffn or 4 * hidden, vocab_size=vocab, experts=experts, experts_active=active, context_tokens=context,
+        ),
+        gated=gated, window=_window(config, kind, got["window"], notes),
+        attention_layers=attention_layers, state_values=state_values,
+    )  # fmt: skip
+
+
+def _kv_heads(config: Mapping[str, Any], given: int | None, heads: int, where: str) -> int:
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    kv_heads = given or heads
+    if kv_heads > heads or heads % kv_heads:
+        raise BadInput(
+            f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads", hint="mend config.json", where=where
+        )
+    return kv_heads
+
+
+def _divide(hidden: int, heads: int, where: str) -> int:
+    if hidden % heads:
+        raise BadInput(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads", hint="mend config.json", where=where)
+    return hidden // heads
+
+
+def _attention_layers(config: Mapping[str, Any], layers: int, where: str) -> int:
+    """Return how many layers attend, from the ways hybrid models say so; all of them where none does."""
+    for key in ("layer_types", "layers_block_type"):
+        kinds = config.get(key)
+        if kinds is not None:
+            if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
+                raise BadInput(f"config.json: {key} must name {layers} layers", hint="mend config.json", where=where)
+            return sum(k in _ATTENTION for k in kinds)
+    pattern = config.get("block_types")
+    if isinstance(pattern, list) and pattern:
+        return sum(pattern[i % len(pattern)] == "attention" for i in range(layers))
+    period, offset = config.get("attn_layer_period"), config.get("attn_layer_offset", 0)
+    if type(period) is int and period > 0:
+        return sum(i % period == offset for i in range(layers))
+    indices = config.get("attn_layer_indices")
+    if isinstance(indices, list):
+        return min(len(set(map(str, indices))), layers)
+    every = config.get("full_attention_interval")
+    if type(every) is int and every > 0:
+        return layers // every
+    drawn = config.get("hybrid_override_pattern")
+    if isinstance(drawn, str):
+        return min(drawn.count("*"), layers)
+    return layers
+
+
+def _state(config: Mapping[str, Any], got: Mapping[str, int | None], hidden: int) -> int:
+    """Return the numbers one recurrent layer keeps for a sequence: convolution inputs and state (Mamba 1 and 2)."""
+    size, kernel = got["state_size"], got["conv_kernel"]
+    if not size or not kernel:
+        return 0
+    if heads := got["state_heads"] or (got["heads"] if config.get("model_type") == "mamba2" else None):
+        head = got["state_head_size"] or got["head_size"] or 64
+        return heads * head * size + (heads * head + 2 * (got["state_groups"] or 1) * size) * kernel
+    inner = (got["ffn_size"] if config.get("model_type") in _RECURRENT else None) or (got["expand"] or 2) * hidden
+    return inner * (size + kernel)
+
+
+def _window(config: Mapping[str, Any], kind: str, window: int | None, notes: list[str]) -> int | None:
+    """Return the window if every attention layer has it; where only some have, the cache is planned as if none had."""
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    kinds = config.get("layer_types")
+    mixed = kind in _MIXED_WINDOWS and config.get("max_window_layers") != 0
+    if isinstance(kinds, list):
+        attending = [k for k in kinds if k in _ATTENTION]
+        mixed = any(k != "sliding_attention" for k in attending)
+        if "sliding_attention" not in attending:
+            return None
+    if mixed:
+        notes.append(f"a sliding window of {window} tokens holds in some layers only; cache sizes are upper bounds")
+        return None
+    return window
+
+
+def read_json(path: Path, longest_bytes: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput("not a regular file", hint="download or copy the file again", where=str(path))
+    size = path.stat().st_size
+    if size > longest_bytes:
+        raise BadInput(f"{size} bytes, more than {longest_bytes}", hint="this is not the file it should be", where=str(path))
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is not a number JSON knows")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 at byte {error.start}", hint="download or save the file again", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadInput(f"not JSON: {error}", hint="download or mend the file", where=f"{path}{line}") from error
+    if not isinstance(value, dict):
+        raise BadInput("expected a JSON object", hint="download or mend the file", where=str(path))
+    return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, LONGEST_CONFIG_BYTES)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", kind):
+        raise BadInput(
+            f"model_type must be a name, got {kind!r:.60}" if kind is not None else "no model_type in it",
+            hint="config.json must be that of a transformers model", where=str(path),
+        )  # fmt: skip
+    return config
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part that describes the language model; a model that also sees or hears keeps it in text_config."""
+    for key in ("text_config", "llm_config", "language_config"):
+        nested = config.get(key)
+        if isinstance(nested, dict):
+            outer = {k: config[k] for k in ("model_type", "tie_word_embeddings", "torch_dtype", "dtype") if k in config}
+            return {**outer, **nested}
+    return dict(config)

@@ -1,0 +1,45 @@
+"""What a candidate may see of the planner's environment, and what may not appear in what it writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+# An allow-list: tokens, keys, passwords, cloud and CI variables, LD_* and PYTHON* are never named here.
+PASSED_ON = (
+    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "USER", "LOGNAME",
+    "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_HOME",
+)  # fmt: skip
+
+FIXED = {
+    "HF_HUB_OFFLINE": "1",  # fetching is over before a candidate starts
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OPENBLAS_NUM_THREADS": "1",  # numpy must not start threads before the fork
+}
+
+SECRETS = re.compile(
+    rb"hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{20,}"
+    rb"|glpat-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a candidate: the allow-list, offline switches, and `home` as HOME and TMPDIR.
+
+    HOME is not the user's: a hub token lies in the user's.
+    """
+    given = os.environ if given is None else given
+    kept = {name: given[name] for name in PASSED_ON if name in given}
+    # Candidates of one run share what torch.compile made, and nothing outlives the run.
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
+    return {**kept, **FIXED, **compiled, "HOME": str(home), "TMPDIR": str(home)}
+
+
+def scrub(text: bytes) -> bytes:
+    """Return text with known shapes of secrets (hub, cloud and forge tokens, passwords in URLs) replaced by `***`."""
+    return SECRETS.sub(b"***", text)

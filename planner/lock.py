@@ -1,0 +1,60 @@
+"""`leanplan.lock`: the chosen plan and its measured figures, committed beside the spec as the baseline of `check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from knowledge_base.errors import BadInput
+from knowledge_base.serde import digest, plain, restore, write_json
+from knowledge_base.types import Figure, Plan, Workload
+
+NAME = "leanplan.lock"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """One plan with what was measured of it. `allocation` rebuilds per-layer choices without measuring again."""
+
+    plan: Plan
+    artefact_digest: str
+    hardware_name: str
+    hardware_fingerprint: str
+    workload: Workload
+    figures: Mapping[str, Figure]
+    allocation: Mapping[str, int] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_lock(path: Path, lock: Lock) -> None:
+    """Write a lock file, with a digest over its content so that an edited one is noticed. Raw samples stay out."""
+    figures = {name: replace(figure, samples=()) for name, figure in lock.figures.items()}
+    body = plain(replace(lock, figures=figures))
+    write_json(path, {"schema": SCHEMA, "content": digest(body), **body})
+
+
+def read_lock(path: Path) -> Lock:
+    """Return a lock file's content.
+
+    Raises:
+        BadInput: it is missing, damaged, edited by hand, or of another schema.
+    """
+    remake = "make it again: leanplan check --update-lock"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema, content = data.pop("schema"), data.pop("content")
+    except FileNotFoundError as error:
+        raise BadInput("no such lock file", where=str(path), hint="make one: leanplan plan SPEC --lock") from error
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise BadInput(f"damaged lock file: {error}", where=str(path), hint=remake) from error
+    if schema != SCHEMA:
+        raise BadInput(f"made by another version (schema {schema}, this is {SCHEMA})", where=str(path), hint=remake)
+    if digest(data) != content:
+        raise BadInput("digest mismatch: the file was edited after it was written", where=str(path), hint=remake)
+    try:
+        return restore(Lock, data)
+    except ValueError as error:
+        raise BadInput(f"damaged lock file: {error}", where=str(path), hint=remake) from error

@@ -1,0 +1,508 @@
+"""The loop: prepare, search, validate, calibrate, choose again, answer. What `leanplan plan` and `planner.plan` run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem, Terminated
+from knowledge_base.metrics import find_metric
+from knowledge_base.serde import digest, plain
+from knowledge_base.types import Estimate, Measurement, Plan
+from planner import answering
+from planner.judging import judge
+from planner.preparing import Prepared, prepare
+from planner.progress import Progress
+from planner.results import ParetoSet, PlanResult
+from planner.run_folder import RunFolder
+from planner.store import Record, Store
+
+if TYPE_CHECKING:
+    from planner.spec import Spec
+    from planner.validation import Validator
+    from search.problem import Priced, Problem
+
+SHOWN_PREDICTED = 40  # results a predicted-only answer lists
+FINALISTS = 3
+SEARCHES = 2  # before and after the first measurements have corrected the predictions; later rounds price the pool anew
+STOP_GRACE_S = 10.0
+BUILD_SHARE = 0.12  # of the time limit, that building one candidate may be predicted to take
+FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a run is carried out, apart from what the spec says."""
+
+    run_root: Path
+    store_root: Path
+    predict: bool = False
+    fresh: bool = False
+    resume: str | None = None
+    offline: bool = False
+    trust_remote_code: str | None = None
+    allow_pickle: bool = False
+
+
+def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
+    """Plan a spec and return the answer; with measurements unless only prediction is wanted or possible.
+
+    Raises:
+        LeanplanError: bad input, or the environment stands in the way. A failing candidate raises nothing.
+    """
+    started = time.monotonic()
+    prepared = prepare(
+        spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
+        trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
+    )  # fmt: skip
+    for note in prepared.notes:
+        progress.line(note)
+    left_out = f"; {len(prepared.refused)} things left out" if prepared.refused else ""
+    progress.line(
+        f"{prepared.model.name}: {prepared.model.params_total / 1e6:.1f} M parameters; engines {', '.join(prepared.space.options)}; "
+        f"up to {prepared.space.count():,} plans{left_out}"
+    )
+    if settings.predict or not prepared.local:
+        return predicted(prepared)
+    return Run(prepared, settings, progress, started).go()
+
+
+def predicted(prepared: Prepared) -> ParetoSet:
+    """Return the predicted Pareto set: nothing is run, and no time of day or duration is in it (promise P6)."""
+    spec = prepared.spec
+    problem = problem_of(prepared)
+    priced = search_plans(problem, spec)
+    results = _best_predicted(priced, spec)
+    best = answering.recommend(results, spec.objectives)
+    price = _prices(problem, [best.plan] if best else [])
+    results = [replace(r, why=answering.reasons(r, results, price, spec.objectives) if r is best else ()) for r in results]
+    return ParetoSet(
+        run_id=f"predicted-{digest([plain(spec_facts(spec)), prepared.model.digest])[:8]}",
+        model=prepared.model, hardware=prepared.hardware, workload=spec.workload, budgets=spec.budgets,
+        objectives=spec.objectives, results=tuple(results), recommended_id=best.plan.id if best else None, measured=False,
+        rejected=answering.rejections(results, prepared.refused, _infeasible(priced)),
+        sentence=answering.sentence(best, results, spec.objectives, measured=False),
+        conflicts=() if best else answering.nearest(results, spec.budgets),
+        search={"solver": spec.search.solver, "seed": spec.search.seed, "legal_at_most": prepared.space.count(), "priced": len(priced.plans)},
+        provenance={"versions": versions()},
+    )  # fmt: skip
+
+
+def problem_of(prepared: Prepared, *, baseline: Mapping[str, float] | None = None, calibration: Any = None) -> Problem:
+    """Return the search problem of a prepared spec, with what has been learned so far."""
+    from search.problem import Problem
+
+    return Problem(
+        model=prepared.model, workload=prepared.spec.workload, hardware=prepared.hardware, space=prepared.space,
+        budgets=prepared.spec.budgets, objectives=prepared.spec.objectives, baseline=baseline or {}, calibration=calibration,
+    )  # fmt: skip
+
+
+def search_plans(problem: Problem, spec: Spec, *, already_drawn: int = 0) -> Priced:
+    """Return priced plans. The seed moves on with what was measured, so that a resumed search does not repeat itself."""
+    import search
+
+    return search.solve(problem, solver=spec.search.solver, effort=spec.search.effort, seed=spec.search.seed + already_drawn)
+
+
+def spec_facts(spec: Spec) -> dict[str, Any]:
+    """Return what of a spec decides its results: all but where it lies and how long one may search."""
+    facts = plain(spec)
+    for name in ("folder", "check"):
+        facts.pop(name, None)
+    facts["search"] = {k: v for k, v in facts["search"].items() if k not in ("time_limit_s", "max_measured")}
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages figures depend on, without importing them."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("leanplan", "torch", "transformers", "torchao", "peft", "xllamacpp", "gguf", "optuna", "pulp", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _best_predicted(priced: Priced, spec: Spec) -> list[PlanResult]:
+    """Return the unchanged model, the predicted front, and the plans next to the budgets, as results."""
+    import cost_models
+    from search.pareto import front
+
+    problem = priced.problem
+    fine = [i for i, v in enumerate(priced.violations()) if v <= 0]
+    pool = fine or sorted(range(len(priced.plans)), key=lambda i: priced.violations()[i])[:200]
+    costs = priced.costs()
+    chosen = [pool[k] for k in front(costs[pool])]
+    chosen = sorted(chosen, key=lambda i: tuple(costs[i]))[:SHOWN_PREDICTED]
+    unchanged = baseline_plan(problem)
+    plans = list(dict.fromkeys([unchanged, *(priced.plans[i] for i in chosen)]))
+    reference = priced.problem_baseline()
+    results = []
+    for plan in plans:
+        estimate = cost_models.estimate(plan, problem.model, problem.workload, problem.hardware, problem.calibration)
+        verdicts = judge(spec.budgets, baseline=reference, estimate=estimate)
+        results.append(PlanResult(plan=plan, estimate=estimate, verdicts=verdicts))
+    # A budget only measuring can tell must not keep a predicted plan from being recommended.
+    results = [replace(r, verdicts=tuple(v for v in r.verdicts if v.outcome != "not judged")) for r in results]
+    return answering.mark_front(results, problem.objective_metrics)
+
+
+def baseline_plan(problem: Problem) -> Plan:
+    """Return the model as it came, on the first engine (transformers where it can run)."""
+    return Plan(model_digest=problem.model.digest, engine=next(iter(problem.space.options)))
+
+
+def _prices(problem: Problem, plans: list[Plan]) -> dict[Plan, Estimate]:
+    prices: dict[Plan, Estimate] = {}
+    for plan in plans:
+        prices |= answering.price_with_and_without(
+            plan, model=problem.model, workload=problem.workload, hardware=problem.hardware, calibration=problem.calibration
+        )
+    return prices
+
+
+def _infeasible(priced: Priced) -> dict[str, int]:
+    """Return budget label -> how many priced plans are predicted to be beyond it."""
+    return {
+        b.label: int((column > 0).sum())
+        for b in priced.problem.budgets
+        if b.level == "error" and (column := priced.violation(b)) is not None
+    }
+
+
+@dataclass(slots=True)
+class Progressing:
+    """What a run knows so far."""
+
+    records: dict[Plan, Record] = field(default_factory=dict)
+    before: dict[Plan, Estimate] = field(default_factory=dict)  # predictions made before each plan was measured
+    why_tried: dict[Plan, str] = field(default_factory=dict)
+    finalists: dict[Plan, Mapping[str, Any]] = field(default_factory=dict)  # plan -> paired ratios
+
+    def good(self) -> dict[Plan, Record]:
+        return {p: r for p, r in self.records.items() if r.measurement.failure is None}
+
+    def measurements(self) -> list[Measurement]:
+        return [r.measurement for r in self.records.values()]
+
+
+class Run:
+    """One measured run. State that matters is in the store and the run folder; this object can be lost at any time."""
+
+    def __init__(self, prepared: Prepared, settings: Settings, progress: Progress, started: float) -> None:
+        self.prepared, self.settings, self.progress, self.started = prepared, settings, progress, started
+        self.spec = prepared.spec
+        self.store = Store(settings.store_root)
+        self.known = Progressing()
+        self.seconds: dict[str, float] = {}
+        self.stopping = 0  # the signal that asked to stop
+        self.infeasible: dict[str, int] = {}
+        self.priced_plans = 0
+
+    # ------------------------------------------------------------ the stages
+
+    def go(self, only: tuple[Plan, Mapping[str, int] | None] | None = None) -> ParetoSet:
+        """Run every stage and return the answer. Ctrl-C answers with what is known and raises KeyboardInterrupt.
+
+        Args:
+            only: a plan and its allocation to measure beside the unchanged model, instead of searching.
+        """
+        from planner.data import prepare_data
+        from planner.locks import RunLock
+        from planner.reading import check_complete, check_finite
+        from planner.validation import Validator
+
+        assert self.prepared.folder is not None
+        with self._timed("read"):
+            check_complete(self.prepared.folder)
+            check_finite(self.prepared.folder)
+            self.data = prepare_data(self.spec, self.prepared.model, self.prepared.folder, self.store.folder)
+        for note in self.data.notes:
+            self.progress.line(note)
+        self.folder = self._open_folder()
+        with RunLock(self.folder.path), Validator(self) as validator, self._polite_stop(validator):
+            try:
+                self._baseline(validator)
+                if only is None:
+                    self._explore(validator)
+                else:
+                    validator.allocations[only[0]] = only[1]
+                    self.known.before[only[0]] = self._estimate(only[0], None)
+                    self._measure(validator, only[0], "the locked plan")
+                self._finals(validator)
+            except BaseException as stop:
+                if not self._is_stop(stop):
+                    raise
+                self.folder.event("interrupted")
+                if self.known.good():
+                    self._answer(finished=False)
+                self.progress.line("interrupted; the same command resumes this run with nothing lost")
+                if self.stopping == signal.SIGTERM:
+                    raise Terminated from stop
+                raise
+            answer = self._answer(finished=True)
+        return answer
+
+    def _open_folder(self) -> RunFolder:
+        from planner.spec import as_yaml
+
+        fingerprint = digest(
+            [spec_facts(self.spec), self.prepared.model.digest, self.prepared.hardware.fingerprint, self.data.id, versions()]
+        )
+        title = f"{self.spec.goal}-{self.prepared.model.name}"
+        if self.settings.resume:
+            path = Path(self.settings.resume)
+            path = path if path.is_dir() else self.settings.run_root / self.settings.resume
+            folder, resumed = RunFolder(path), True
+            if not (path / "run.json").is_file():
+                raise BadInput(f"no run `{self.settings.resume}`", hint="leanplan ls runs")
+        else:
+            folder, resumed = RunFolder.open(self.settings.run_root, fingerprint=fingerprint, title=title, fresh=self.settings.fresh)
+        if resumed:
+            done = len(list(folder.path.glob("plans/*/measurement.json")))
+            self.progress.line(f"resuming {folder.path}: {done} measured")
+        else:
+            folder.write("spec.yaml", as_yaml(self.spec))
+        folder.event("resumed" if resumed else "started", model=self.prepared.model.digest, versions=versions())
+        return folder
+
+    def _baseline(self, validator: Validator) -> None:
+        plan = self.baseline = baseline_plan(problem_of(self.prepared))
+        self.known.before[plan] = self._estimate(plan, None)
+        record = self._measure(validator, plan, "the model as it came")
+        if failure := record.measurement.failure:
+            raise EnvironmentProblem(
+                f"the model as it came does not run here ({failure.kind}: {failure.message}): relative budgets cannot be judged",
+                hint="leanplan plan --predict prices plans without running them; leanplan doctor shows what is wrong",
+            )
+
+    def _explore(self, validator: Validator) -> None:
+        from search.choose import choose
+        from search.effort import EFFORTS
+
+        effort = EFFORTS[self.spec.search.effort]
+        pool: dict[Plan, None] = {}
+        searches = 0
+        while (left := self._measurements_left()) > 0 and self._time_for_another():
+            with self._timed("search"):
+                problem = self._problem()
+                if searches < SEARCHES:
+                    pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
+                    searches += 1
+                priced = problem.price(list(pool))
+                failed = [p for p, r in self.known.records.items() if r.measurement.failure]
+                picks = choose(
+                    priced, min(effort.batch, left), known=set(self.known.records), failed=failed,
+                    longest_build_s=BUILD_SHARE * self.spec.search.time_limit_s,
+                )  # fmt: skip
+            self.infeasible = _infeasible(priced)
+            self.priced_plans = len(priced.plans)
+            if not picks:
+                self.progress.line("every plan worth measuring has been measured")
+                return
+            for pick in picks:
+                if self._measurements_left() <= 0 or not self._time_for_another():
+                    return
+                self.known.before[pick.plan] = self._estimate(pick.plan, problem.calibration)
+                self._measure(validator, pick.plan, pick.why)
+
+    def _finals(self, validator: Validator) -> None:
+        """Measure the best few again, in blocks interleaved with the unchanged model."""
+        results = [r for r in self._results() if not answering.failed(r)]
+        ranked = answering.mark_front(results, self.spec.objectives)
+        best = answering.recommend(ranked, self.spec.objectives)
+        baseline = next(iter(self.known.records))
+        front = [r.plan for r in ranked if (r.on_front or len(ranked) == 2) and r.plan != baseline]
+        chosen = list(dict.fromkeys([*([best.plan] if best and best.plan != baseline else []), *front]))[:FINALISTS]
+        if not chosen:
+            return
+        self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
+        with self._timed("finals"):
+            for plan, (record, ratios) in validator.interleave(baseline, chosen, self.known.records, self.time_left()).items():
+                self._keep(record)
+                if plan != baseline:
+                    self.known.finalists[plan] = ratios
+
+    # ------------------------------------------------------------ one plan
+
+    def _measure(self, validator: Validator, plan: Plan, why: str) -> Record:
+        """Return the plan's record: from the store if it was measured before, else built and measured now."""
+        self.known.why_tried[plan] = why
+        self._stop_if_asked()
+        record = None
+        if not self.settings.fresh:
+            with contextlib.suppress(CandidateFailed):  # whatever hinders here is met again, and recorded, when measuring
+                validator.allocate(plan)
+            record = validator.known(plan)
+        if record is None:
+            self.progress.line(f"{plan.id} {plan.words}  ({why})")
+            with self._timed("validate"):
+                record = validator.measure(plan)
+        else:
+            self.progress.line(f"{plan.id} {plan.words}  (known from an earlier run)")
+        self._keep(record)
+        self._tell(record)
+        return record
+
+    def _keep(self, record: Record) -> None:
+        plan = record.measurement.plan
+        self.known.records[plan] = record
+        from planner.validation import LASTING
+
+        failure = record.measurement.failure
+        if failure is None or failure.kind in LASTING:  # a time-out or a full disk may not happen again
+            self.store.put(record)
+        folder = self.folder.plan_folder(plan.id).relative_to(self.folder.path)
+        self.folder.write(f"{folder}/measurement.json", plain(record.measurement))
+        self.folder.event("measured", plan=plan.id, failure=failure.kind if failure else None)
+
+    def _tell(self, record: Record) -> None:
+        from planner.reports._table import figure_text
+
+        if failure := record.measurement.failure:
+            self.progress.line(f"           failed: {failure.kind}: {failure.message}")
+            return
+        shown = dict.fromkeys([*(find_metric(o)[0].name for o in self.spec.objectives), "ttft_s", "tpot_s", "quality_loss_ratio"])
+        parts = [f"{find_metric(n)[0].label} {figure_text(record.measurement.figures[n], n)}" for n in shown if n in record.measurement.figures]
+        self.progress.line("           " + ", ".join(parts))
+
+    def _estimate(self, plan: Plan, calibration: Any) -> Estimate:
+        import cost_models
+
+        return cost_models.estimate(plan, self.prepared.model, self.spec.workload, self.prepared.hardware, calibration)
+
+    # ------------------------------------------------------------ what is known
+
+    def _problem(self) -> Problem:
+        """Return the problem with all that was learned on this machine, in this run and earlier ones."""
+        from cost_models import calibrate
+
+        measured = [r.measurement for r in self.known.good().values()]
+        calibration = calibrate.fit(measured, self.prepared.model, self.spec.workload, self.prepared.hardware) if measured else None
+        return problem_of(self.prepared, baseline=self._reference(), calibration=calibration)
+
+    def _reference(self) -> dict[str, float]:
+        first = next(iter(self.known.records.values()), None)
+        return {name: f.value for name, f in first.measurement.figures.items()} if first else {}
+
+    def _results(self) -> list[PlanResult]:
+        reference = self._reference()
+        results = []
+        for plan, record in self.known.records.items():
+            artefact = self.folder.artefacts / plan.id
+            results.append(
+                PlanResult(
+                    plan=plan, estimate=self.known.before.get(plan), measurement=record.measurement,
+                    verdicts=() if record.measurement.failure else judge(self.spec.budgets, baseline=reference, measurement=record.measurement),
+                    finalist=plan in self.known.finalists, ratios=self.known.finalists.get(plan, {}), allocation=record.allocation,
+                    artefact=str(artefact.relative_to(self.folder.path)) if artefact.is_dir() else None,
+                )
+            )  # fmt: skip
+        return results
+
+    def _measurements_left(self) -> int:
+        return self.spec.search.max_measured - len(self.known.records)
+
+    def time_left(self) -> float:
+        """Return the seconds left of the spec's time limit."""
+        return self.spec.search.time_limit_s - (time.monotonic() - self.started)
+
+    def _time_for_another(self) -> bool:
+        """Whether a candidate of typical length still fits before the finalists' share of the time begins."""
+        spent = sorted(r.measurement.protocol.get("wall_s", 0.0) for r in self.known.records.values())
+        typical = spent[len(spent) // 2] if spent else 0.0
+        reserve = FINALIST_SHARE * self.spec.search.time_limit_s
+        if self.time_left() - reserve > typical:
+            return True
+        self.progress.line("the time limit leaves no room for another candidate")
+        return False
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - begun
+
+    @staticmethod
+    def _is_stop(error: BaseException) -> bool:
+        return isinstance(error, KeyboardInterrupt | Terminated)
+
+    @contextlib.contextmanager
+    def _polite_stop(self, validator: Validator) -> Iterator[None]:
+        """First Ctrl-C or SIGTERM: give the running candidate ten seconds, then answer. Second: stop at once."""
+
+        def stop(signum: int, frame: Any) -> None:
+            validator.servers.hurry(0.0 if self.stopping else STOP_GRACE_S)
+            if not self.stopping:
+                self.progress.line(f"stopping: the running candidate has {STOP_GRACE_S:.0f} s; again to stop at once")
+            self.stopping = signum
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread only; whoever runs us there handles them
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+
+    # ------------------------------------------------------------ the answer
+
+    def _answer(self, *, finished: bool) -> ParetoSet:
+        from planner.study import write_study
+
+        spec = self.spec
+        results = answering.mark_front(self._results(), spec.objectives)
+        if len(results) > 1 and all(answering.failed(r) for r in results):
+            causes = "; ".join(f"{r.what}: {r.why}" for r in answering.rejections(results, (), {})[:3])
+            raise EnvironmentProblem(f"every candidate failed: {causes}", hint="leanplan doctor; the logs are in the run folder")
+        best = answering.recommend(results, spec.objectives)
+        problem = self._problem()
+        price = _prices(problem, [r.plan for r in results if r.on_front])
+        results = [replace(r, why=answering.reasons(r, results, price, spec.objectives)) for r in results]
+        warnings = sorted({w for m in self.known.measurements() for w in m.warnings})
+        answer = ParetoSet(
+            run_id=self.folder.path.name, model=self.prepared.model, hardware=self.prepared.hardware, workload=spec.workload,
+            budgets=spec.budgets, objectives=spec.objectives, results=tuple(results), recommended_id=best.plan.id if best else None,
+            rejected=answering.rejections(results, self.prepared.refused, self.infeasible),
+            sentence=answering.sentence(best, results, spec.objectives, measured=True),
+            conflicts=() if best else answering.nearest(results, spec.budgets),
+            prediction_errors=answering.prediction_errors(self.known.before, [r.measurement for r in self.known.good().values()]),
+            search={
+                "solver": spec.search.solver, "seed": spec.search.seed, "effort": spec.search.effort,
+                "legal_at_most": self.prepared.space.count(), "priced": self.priced_plans,
+                "measured": len(results), "why_tried": {p.id: why for p, why in self.known.why_tried.items()},
+                "seconds": {k: round(v, 3) for k, v in self.seconds.items()}, "wall_s": round(time.monotonic() - self.started, 3),
+            },
+            provenance={"versions": versions(), "data": self.data.id, "spec": spec_facts(spec), "warnings": warnings},
+            folder=str(self.folder.path),
+        )  # fmt: skip
+        if finished:
+            write_study(self.folder.path / "study.db", answer)
+            answer.save(self.folder.path)
+            self.folder.event("finished", recommended=answer.recommended_id)
+            self.folder.close()
+        else:
+            from planner.reports import terminal
+
+            self.folder.write("best-so-far.txt", terminal.render(answer))
+            self.progress.done()
+            self.progress.line("best so far: " + answer.sentence)
+        return answer

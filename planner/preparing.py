@@ -1,0 +1,126 @@
+"""What must be known before any search: the machine, the model, the engines, the legal plans, the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knowledge_base.errors import BadInput, EnvironmentProblem
+from knowledge_base.registry import engines
+from knowledge_base.types import Hardware, Model
+from planner.results import Rejection
+
+if TYPE_CHECKING:
+    from planner.spec import Spec
+    from search.space import Space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A spec with all it refers to found and read. `folder` is the model's local folder, None for prediction only."""
+
+    spec: Spec
+    model: Model
+    folder: Path | None
+    hardware: Hardware
+    space: Space
+    refused: tuple[Rejection, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Whether plans can be measured: the target is this machine."""
+        return self.spec.hardware == "local"
+
+
+def prepare(
+    spec: Spec,
+    *,
+    store: Path,
+    predict: bool = False,
+    offline: bool = False,
+    trust_remote_code: str | None = None,
+    allow_pickle: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Read the model and machine of a spec and build the space of legal plans.
+
+    Raises:
+        BadInput: model, data or workload cannot be used; EnvironmentProblem: no engine can run here.
+    """
+    from planner.machine import find
+    from planner.reading import read_model
+    from search.space import build_space
+
+    only_predict = predict or spec.hardware != "local"
+    hardware = find(spec.hardware, store, tell=tell)
+    read = read_model(
+        model_source(spec),
+        revision=spec.model.revision,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        weights="optional" if only_predict else "required",
+    )
+    model = read.model
+    tokens = (spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens) + spec.workload.output_tokens
+    if tokens > model.max_context_tokens:
+        raise BadInput(
+            f"prompt {tokens - spec.workload.output_tokens} + output {spec.workload.output_tokens} tokens > "
+            f"context {model.max_context_tokens} of {model.name}",
+            hint="shorten workload.prompt_tokens or workload.output_tokens",
+            where="workload",
+        )
+    names, refused = _engines(spec, predict=only_predict)
+    space = build_space(
+        model,
+        spec.workload,
+        hardware,
+        engine_names=names,
+        only=spec.techniques.only or None,
+        without=spec.techniques.without or (),
+        calibration=spec.calibration is not None,
+        executable=not only_predict,
+    )
+    if not space.options:
+        raise EnvironmentProblem(
+            "no engine can serve this model here: " + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
+            hint="leanplan doctor shows what is missing",
+        )
+    refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
+    return Prepared(
+        spec=spec, model=model, folder=read.folder, hardware=hardware, space=space, refused=refused, notes=tuple(read.notes)
+    )
+
+
+def model_source(spec: Spec) -> str:
+    """Return the model's folder where there is one beside the spec or here, else the hub id as written."""
+    for folder in (Path(spec.folder) / spec.model.source, Path(spec.model.source)):
+        if folder.is_dir():
+            return str(folder)
+    return spec.model.source
+
+
+def _engines(spec: Spec, *, predict: bool) -> tuple[tuple[str, ...], tuple[Rejection, ...]]:
+    """Return the engines to use, and those left out with the reason.
+
+    Raises:
+        EnvironmentProblem: none of those the spec names can run here.
+    """
+    wanted = spec.engines or engines.names()
+    ready, refused = [], []
+    for name in wanted:
+        why = None if predict else engines.get(name).find()
+        if why:
+            refused.append(Rejection(what=name, why=why, kind="engine"))
+        else:
+            ready.append(name)
+    if not ready:
+        raise EnvironmentProblem(
+            "no engine can run here: " + "; ".join(f"{r.what}: {r.why}" for r in refused), hint="leanplan doctor shows what is missing"
+        )
+    # The unchanged model is measured on transformers where that is possible: it reads any model as it came.
+    ready.sort(key=lambda name: name != "transformers")
+    return tuple(ready), tuple(refused)

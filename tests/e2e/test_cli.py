@@ -1,0 +1,220 @@
+"""The real command line on a real (tiny) model: plan, look, rebuild, check, interrupt, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = """\
+version: 1
+goal: serve
+model: {{source: {model}}}
+hardware: local
+workload: {{prompt_tokens: 32, output_tokens: 8}}
+budgets:
+  peak_memory: {{max: 4 GiB}}
+  quality_loss: {{max: 60 %}}
+objectives: [tpot_p50, peak_memory, quality_loss]
+quality: {{data: {heldout}}}
+techniques: {{only: [weight_int8, weight_gguf, drop_layers]}}
+search: {{effort: quick, time_limit: 150 s, max_measured: 4, seed: 0}}
+limits: {{memory: 4 GiB, time_per_candidate: 60 s, disk: 2 GiB}}
+"""
+
+
+def leanplan(*argv: str, cwd: Path, timeout_s: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run one command as a person would and return what it said."""
+    environment = {**os.environ, "COLUMNS": "160", **more}
+    command = [sys.executable, "-m", "planner", *argv]
+    return subprocess.run(command, cwd=cwd, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a spec, as a user's would be."""
+    from planner.data import bundled
+    from planner.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("user")
+    make_tiny_model(folder / "model")
+    (folder / "leanplan.yaml").write_text(SPEC.format(model="model", heldout=bundled("heldout")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(place: Path) -> dict:
+    """The result.json of one measured run."""
+    done = leanplan("plan", "--lock", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "measured" in done.stdout
+    (run,) = (p for p in (place / "runs").iterdir() if (p / "result.json").exists())
+    return {"run": run, **json.loads((run / "result.json").read_text())}
+
+
+def test_the_answer_is_complete(planned: dict) -> None:
+    results = planned["results"]
+    assert results[0]["plan"]["steps"] == []
+    assert 2 <= len(results) <= 4
+    for result in results:
+        if result["measurement"]["failure"]:
+            continue
+        figures = result["measurement"]["figures"]
+        wanted = ("ttft_s", "tpot_s", "throughput_tokens_per_s", "peak_memory_bytes", "weights_bytes", "artefact_bytes", "perplexity", "agreement_ratio", "kl_divergence_nats")
+        assert set(wanted) <= set(figures)
+        assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values())
+        assert figures["tpot_s"]["source"] == "measured"
+        assert (planned["run"] / result["artefact"] / "leanplan.json").exists()
+    assert planned["recommended_id"] in {r["plan_id"] if "plan_id" in r else _id(r) for r in results}
+    assert any(r["on_front"] for r in results)
+
+
+def _id(result: dict) -> str:
+    from knowledge_base.serde import restore
+    from knowledge_base.types import Plan
+
+    return restore(Plan, result["plan"]).id
+
+
+def test_energy_is_modelled_and_says_so_where_there_is_no_counter(planned: dict) -> None:
+    if planned["hardware"]["energy_counters"]:
+        pytest.skip("this machine has an energy counter, so energy is measured")
+    figures = planned["results"][0]["measurement"]["figures"]
+    assert figures.get("energy_j_per_token", {"source": "modelled"})["source"] != "measured"
+
+
+def test_the_run_folder_holds_what_it_promises(planned: dict) -> None:
+    run = planned["run"]
+    for name in ("run.json", "spec.yaml", "events.jsonl", "result.json", "summary.md", "study.db"):
+        assert (run / name).is_file(), name
+    import optuna
+
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{run / 'study.db'}")
+    assert study.n_trials == len(planned["results"])
+
+
+def test_it_can_be_looked_at(planned: dict, place: Path) -> None:
+    best = planned["recommended_id"]
+    for argv in (["ls", "runs"], ["ls", "plans"], ["show", best], ["explain"], ["explain", "baseline"], ["explain", "--why-not", "weight_int8"], ["explain", "--budget", "peak_memory"], ["compare", "baseline", best], ["compare", "leanplan.lock", best]):
+        done = leanplan(*argv, cwd=place)
+        assert done.returncode == 0, (argv, done.stderr)
+        assert done.stdout.strip(), argv
+        as_json = leanplan(*argv, "--json", cwd=place)
+        json.loads(as_json.stdout)
+
+
+def test_the_recipe_rebuilds_the_same_artefact(planned: dict, place: Path, tmp_path: Path) -> None:
+    recipe = planned["run"] / "plans" / planned["recommended_id"] / "plan.json"
+    out = tmp_path / "again"
+    built = leanplan("build", str(recipe), "-o", str(out), "--json", cwd=place)
+    assert built.returncode == 0, built.stderr
+    facts = json.loads(built.stdout)
+    assert facts["same"] is True
+    checked = leanplan("verify", str(out), "--digest", facts["digest"], cwd=place)
+    assert checked.returncode == 0, checked.stderr
+    (out / "config.json").write_bytes((out / "config.json").read_bytes() + b" ")
+    spoilt = leanplan("verify", str(out), cwd=place)
+    assert spoilt.returncode == 2
+    assert "config.json" in spoilt.stderr
+
+
+def test_a_second_plan_measures_nothing_twice(planned: dict, place: Path) -> None:
+    done = leanplan("plan", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "known from an earlier run" in done.stderr
+
+
+def test_check_judges_the_locked_plan(planned: dict, place: Path) -> None:
+    done = leanplan("check", "--format", "junit", "--output-file", "check.xml", cwd=place)
+    assert done.returncode in (0, 5), done.stderr
+    import xml.etree.ElementTree as tree
+
+    suite = tree.parse(place / "check.xml").getroot()
+    assert int(suite.get("tests", "0")) == 2
+    tight = (place / "leanplan.yaml").read_text().replace("max: 4 GiB}\n  q", "max: 1 MiB}\n  q")
+    (place / "tight.yaml").write_text(tight)
+    failed = leanplan("check", "tight.yaml", "--json", cwd=place)
+    assert failed.returncode == 1, failed.stderr
+    verdicts = {v["budget"]["metric"]: v["outcome"] for v in json.loads(failed.stdout)["verdicts"]}
+    assert verdicts["peak_memory_bytes"] == "not met"
+    assert leanplan("check", "tight.yaml", "--predict", "--exit-zero", cwd=place).returncode == 0
+
+
+def test_impossible_budgets_are_told_with_the_nearest_plan(place: Path) -> None:
+    (place / "tiny.yaml").write_text((place / "leanplan.yaml").read_text().replace("max: 4 GiB}\n  q", "max: 1 KiB}\n  q"))
+    done = leanplan("plan", "tiny.yaml", "--predict", cwd=place)
+    assert done.returncode == 1
+    assert "No plan meets every budget" in done.stdout
+    assert "peak_memory" in done.stdout
+
+
+def test_prediction_is_the_same_every_time_and_measures_nothing(place: Path) -> None:
+    first, again = (leanplan("plan", "--predict", "--json", cwd=place) for _ in range(2))
+    assert first.stdout == again.stdout
+    answer = json.loads(first.stdout)
+    assert answer["measured"] is False
+    assert all(r["measurement"] is None for r in answer["results"])
+
+
+def _start(place: Path, *argv: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "planner", "plan", *argv], cwd=place, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def _wait_for_a_measurement(runs: Path, process: subprocess.Popen[str]) -> Path:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        found = list(runs.glob("*/plans/*/measurement.json"))
+        if found:
+            return found[0].parents[2]
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.2)
+    raise AssertionError("no measurement within 200 s")
+
+
+def _processes_under(folder: Path) -> list[int]:
+    """Return processes whose working directory lies under a folder: candidates work in the run folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if str((entry / "cwd").readlink()).startswith(str(folder)):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, how: signal.Signals) -> None:
+    runs, store = tmp_path / "runs", tmp_path / "store"
+    where = ("--run-dir", str(runs), "--store", str(store))
+    process = _start(place, *where)
+    folder = _wait_for_a_measurement(runs, process)
+    process.send_signal(how)
+    _, talk = process.communicate(timeout=60)
+    wanted = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+    assert process.returncode == wanted, talk
+    if how != signal.SIGKILL:
+        assert "resumes" in talk
+    deadline = time.monotonic() + 10
+    while _processes_under(runs) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _processes_under(runs), "candidates outlived the planner"
+    measured = set(folder.glob("plans/*/measurement.json"))
+    times = {p: p.stat().st_mtime_ns for p in measured}
+    again = leanplan("plan", *where, "--max-measured", str(len(measured) + 1), cwd=place)
+    assert again.returncode in (0, 5), again.stderr
+    assert "resuming" in again.stderr
+    assert "known from an earlier run" in again.stderr
+    assert (folder / "result.json").exists()
+    assert times.keys() <= set(folder.glob("plans/*/measurement.json"))

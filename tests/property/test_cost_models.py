@@ -1,0 +1,73 @@
+"""Properties of the formulas and of the statistics, over drawn numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
+
+from cost_models.calibrate import conformal_quantile
+from cost_models.case import case_of
+from cost_models.demand import Node, demand_of
+from cost_models.error_report import spearman
+from cost_models.predict import estimate_many
+from cost_models.roofline import causal_pairs, memory_parts, power_w
+from knowledge_base.types import Plan
+
+PLAN = Plan(model_digest="toy", engine="transformers")
+share = st.floats(0, 1)
+
+
+@given(tokens=st.integers(1, 5000), window=st.integers(1, 5000))
+def test_pairs_grow_with_window_up_to_full_attention(tokens: int, window: int) -> None:
+    full = tokens * (tokens + 1) / 2
+    assert tokens <= causal_pairs(tokens, window) <= causal_pairs(tokens, window + 1) <= full
+
+
+@given(idle=st.floats(0.1, 100), more=st.floats(0, 1000), memory=share, compute=share, base=share)
+def test_power_lies_between_idle_and_busy(idle: float, more: float, memory: float, compute: float, base: float) -> None:
+    watts = power_w(idle, idle + more, memory, compute, base=base)
+    assert idle <= watts <= (idle + more) * (1 + 1e-12)
+    assert watts <= power_w(idle, idle + more, 1.0, 1.0, base=base) * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompt=st.integers(1, 100_000), output=st.integers(2, 10_000), batch=st.integers(1, 64))
+def test_memory_grows_with_batch_and_context(prompt: int, output: int, batch: int) -> None:
+    def peak(prompt: int, output: int, batch: int) -> float:
+        workload = replace(TOY_WORKLOAD, prompt_tokens=prompt, output_tokens=output)
+        node = Node(replace(demand_of(TOY_MODEL, workload, "transformers"), batch=batch))
+        return float(sum(memory_parts(case_of([node], workload, TOY_MACHINE)).values())[0])
+
+    here = peak(prompt, output, batch)
+    assert here < peak(2 * prompt, output, batch)
+    assert here < peak(prompt, 2 * output, batch)
+    assert here < peak(prompt, output, batch + 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(prompt=st.integers(1, 50_000), output=st.integers(2, 5_000), bandwidth=st.floats(1e9, 1e13))
+def test_latency_is_its_parts_and_throughput_its_inverse(prompt: int, output: int, bandwidth: float) -> None:
+    machine = replace(TOY_MACHINE, devices=(replace(TOY_MACHINE.devices[0], memory_bytes_per_s=bandwidth),))
+    workload = replace(TOY_WORKLOAD, prompt_tokens=prompt, output_tokens=output)
+    figures = {name: v.mid[0] for name, v in estimate_many([PLAN], TOY_MODEL, workload, machine).items()}
+    assert np.isclose(figures["latency_s"], figures["ttft_s"] + (output - 1) * figures["tpot_s"])
+    assert np.isclose(figures["throughput_tokens_per_s"] * figures["latency_s"], output)
+    # a decode step cannot be faster than reading the layers once
+    assert figures["tpot_s"] >= 4 * TOY_MODEL.linear_params / bandwidth
+
+
+@given(scores=st.lists(st.floats(0, 50), max_size=40))
+def test_a_worse_fit_never_gives_narrower_intervals(scores: list[float]) -> None:
+    assert conformal_quantile(scores) > 0
+    assert conformal_quantile([2 * s for s in scores]) >= conformal_quantile(scores)
+
+
+@given(values=st.lists(st.integers(-50, 50), min_size=3, max_size=30, unique=True))
+def test_rank_correlation_sees_only_order(values: list[int]) -> None:
+    a = np.array(values, dtype=float)
+    assert np.isclose(spearman(a, np.exp(a / 10)), 1.0)
+    assert np.isclose(spearman(a, -a), -1.0)

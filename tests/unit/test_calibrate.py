@@ -1,0 +1,168 @@
+"""Calibration on machines whose truth is known: it learns, stays honest, and survives JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
+
+from cost_models import calibrate
+from cost_models.calibration import Calibration
+from cost_models.error_report import as_text, error_report
+from cost_models.predict import Z, estimate, estimate_many
+from knowledge_base.serde import plain, restore
+from knowledge_base.types import Figure, Measurement, Plan, Step
+
+PLANS = [
+    Plan(model_digest="toy", engine=engine, steps=tuple(s for s in steps if s))
+    for engine in ("transformers", "llama_cpp")
+    for steps in itertools.product(
+        (None, Step("drop_layers", {"count": 1}), Step("drop_layers", {"count": 2})),
+        (None, Step("weight_dtype", {"dtype": "bfloat16"})),
+        (None, Step("batch_size", {"count": 2}), Step("batch_size", {"count": 4})),
+    )
+]
+
+
+def truths(seed: int, metric: str = "tpot_s") -> np.ndarray:
+    """Return what a made-up machine would measure: our prior bent by effects drawn as the prior says, and noise."""
+    draw = random.Random(seed)
+    prior = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)[metric]
+    sd = np.log(prior.high / prior.mid) / Z
+    machine = draw.gauss(0, 0.6)
+    engines = {"transformers": draw.gauss(0, 0.45), "llama_cpp": draw.gauss(0, 0.45)}
+    kinds = {key: draw.gauss(0, 0.45) for key in itertools.product(engines, (True, False))}
+    noise = [draw.gauss(0, 0.03) for _ in PLANS]
+    shift = [
+        s * (machine + engines[p.engine] + kinds[p.engine, p.step("weight_dtype") is None]) + e
+        for p, s, e in zip(PLANS, sd, noise, strict=True)
+    ]
+    return prior.mid * np.exp(shift)
+
+
+def measured(values: np.ndarray, chosen: list[int], metric: str = "tpot_s") -> list[Measurement]:
+    return [
+        Measurement(
+            plan=PLANS[i], key=str(i), hardware_fingerprint="toy",
+            figures={metric: Figure(value=float(values[i]), low=float(values[i]), high=float(values[i]), n=5)},
+        )
+        for i in chosen
+    ]  # fmt: skip
+
+
+def fit(values: np.ndarray, chosen: list[int], metric: str = "tpot_s") -> Calibration:
+    return calibrate.fit(measured(values, chosen, metric), TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)
+
+
+def test_no_measurement_no_correction() -> None:
+    calibration = fit(truths(0), [])
+    assert not calibration.corrections
+    prior = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)
+    same = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
+    assert all(np.array_equal(prior[name].mid, same[name].mid) for name in prior)
+
+
+def test_failed_and_modelled_figures_teach_nothing() -> None:
+    from knowledge_base.types import Failure
+
+    good = measured(truths(0), [0, 1, 2])
+    failed = [replace(m, failure=Failure(kind="crashed", stage="measure", message="gone")) for m in good]
+    modelled = [replace(m, figures={"energy_j_per_token": Figure(value=9.0, low=9.0, high=9.0, n=1, source="modelled")}) for m in good]
+    assert not calibrate.fit([*failed, *modelled], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE).corrections
+
+
+def test_errors_and_intervals_shrink_and_stay_honest() -> None:
+    errors: dict[int, list[float]] = {}
+    widths: dict[int, list[float]] = {}
+    covered: dict[int, list[bool]] = {}
+    for seed in range(30):
+        values = truths(seed)
+        order = random.Random(seed).sample(range(len(PLANS)), len(PLANS))
+        for n in (0, 1, 4, 12):
+            calibration = fit(values, order[:n]) if n else None
+            figures = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)["tpot_s"]
+            unseen = order[n:]
+            errors.setdefault(n, []).append(float(np.median(np.abs(figures.mid / values - 1)[unseen])))
+            widths.setdefault(n, []).append(float(np.median(np.log(figures.high / figures.low)[unseen])))
+            inside = (figures.low <= values) & (values <= figures.high)
+            covered.setdefault(n, []).extend(inside[unseen].tolist())
+    typical = [statistics.mean(errors[n]) for n in (0, 1, 4, 12)]
+    wide = [statistics.mean(widths[n]) for n in (0, 1, 4, 12)]
+    assert typical == sorted(typical, reverse=True)
+    assert wide == sorted(wide, reverse=True)
+    assert typical[-1] < 0.06 < 0.15 < typical[0]
+    for n, inside in covered.items():
+        assert 0.7 <= statistics.mean(inside) <= 0.97, (n, statistics.mean(inside))
+
+
+def test_a_common_factor_is_learned_from_one_measurement_of_each_engine() -> None:
+    prior = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["tpot_s"].mid
+    calibration = fit(2 * prior, [0, len(PLANS) // 2])
+    figures = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
+    assert np.all(np.abs(figures["tpot_s"].mid / (2 * prior) - 1) < 0.35)
+    # what was learned of a step's time reaches what is made of it
+    before = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["latency_s"].mid
+    assert np.all(figures["latency_s"].mid > 1.3 * before)
+    assert np.array_equal(figures["ttft_s"].mid, estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["ttft_s"].mid)
+
+
+def test_quality_is_learned_step_by_step() -> None:
+    prior = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["quality_loss_ratio"].mid
+    truth = (1 + prior) ** 2 - 1  # every step costs twice as much in log space
+    dropped = [i for i, p in enumerate(PLANS) if p.step("drop_layers")]
+    chosen = [i for i in dropped if PLANS[i].engine == "transformers"]
+    calibration = fit(truth, chosen, "quality_loss_ratio")
+    figures = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)["quality_loss_ratio"]
+    other = [i for i in dropped if PLANS[i].engine == "llama_cpp"]  # the engine has no part in it
+    assert np.all(np.abs(np.log1p(figures.mid[other]) / np.log1p(truth[other]) - 1) < 0.2)
+    unchanged = PLANS.index(Plan(model_digest="toy", engine="transformers"))
+    assert figures.low[unchanged] == figures.mid[unchanged] == figures.high[unchanged] == 0
+
+
+def test_another_model_of_the_machine_helps() -> None:
+    other = replace(TOY_MODEL, digest="other", linear_params=4 * TOY_MODEL.linear_params, weight_bytes=4 * TOY_MODEL.weight_bytes)
+    prior = estimate_many(PLANS, other, TOY_WORKLOAD, TOY_MACHINE)["tpot_s"].mid
+    group = (measured(1.8 * prior, [0, 5, 9, 20, 30]), other, TOY_WORKLOAD)
+    calibration = calibrate.fit([], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, others=[group])
+    ours = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["tpot_s"]
+    learned = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)["tpot_s"]
+    assert np.all(learned.mid > 1.3 * ours.mid)
+    assert np.median(learned.high / learned.low) < np.median(ours.high / ours.low)
+
+
+def test_survives_json() -> None:
+    calibration = fit(truths(3), [0, 7, 11, 19])
+    again = restore(Calibration, json.loads(json.dumps(plain(calibration))))
+    a = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
+    b = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, again)
+    assert all(np.array_equal(a[name].high, b[name].high) for name in a)
+
+
+def test_one_plan_and_many_agree_when_calibrated_and_say_so() -> None:
+    calibration = fit(truths(3), [0, 7, 11, 19])
+    many = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
+    one = estimate(PLANS[5], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
+    for name, value in one.values.items():
+        assert (value.mid, value.low, value.high) == pytest.approx((many[name].mid[5], many[name].low[5], many[name].high[5]), rel=1e-12)
+    assert one.values["tpot_s"].source == "calibrated"
+    assert one.values["weights_bytes"].source == "analytic"
+
+
+def test_error_report_by_hand() -> None:
+    values = truths(1)
+    pairs = [(estimate(PLANS[i], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE), m) for i, m in enumerate(measured(values, list(range(8))))]
+    row = error_report(pairs)["tpot_s"]
+    errors = [abs(e.values["tpot_s"].mid / m.figures["tpot_s"].value - 1) for e, m in pairs]
+    assert row["n"] == 8
+    assert math.isclose(row["median_error_ratio"], statistics.median(errors))
+    assert math.isclose(row["worst_error_ratio"], max(errors))
+    assert 0 <= row["coverage"] <= 1 and -1 <= row["rank_correlation"] <= 1
+    assert "tpot_s" in as_text(error_report(pairs))
+    assert error_report([]) == {}

@@ -1,0 +1,130 @@
+"""Run folders, the store, locks of figures, recipes: nothing lost, nothing doubled, nothing believed unread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests_support import TOY_MODEL, TOY_WORKLOAD
+
+from knowledge_base.errors import BadInput
+from knowledge_base.types import Figure, Measurement, Plan, Step
+from planner.checking import compare
+from planner.lock import Lock, read_lock, write_lock
+from planner.recipe import Recipe, read_recipe, write_recipe
+from planner.run_folder import RunFolder
+from planner.store import Record, Store, measurement_key
+
+PLAN = Plan(model_digest=TOY_MODEL.digest, engine="transformers", steps=(Step("weight_int4", {"group_size": 32}),))
+FIGURES = {
+    "tpot_s": Figure(value=0.01, low=0.0099, high=0.0101, n=9, samples=(0.01, 0.0101)),
+    "peak_memory_bytes": Figure(value=1e9, low=1e9, high=1e9, n=1),
+    "quality_loss_ratio": Figure(value=0.02, low=0.019, high=0.021, n=24),
+}
+
+
+def record(key: str = "k" * 64) -> Record:
+    measurement = Measurement(plan=PLAN, key=key, hardware_fingerprint="toy", figures=FIGURES)
+    return Record(measurement=measurement, model=TOY_MODEL, workload=TOY_WORKLOAD)
+
+
+def test_store_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put(record())
+    assert store.get("k" * 64) == record()
+    assert list(store.records("toy")) == [record()]
+    assert list(store.records("another machine")) == []
+
+
+def test_a_damaged_record_counts_as_absent_and_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put(record())
+    path = store.path("k" * 64)
+    path.write_bytes(path.read_bytes()[:100])
+    assert store.get("k" * 64) is None
+    assert store.damaged == [path]
+
+
+FACTS = {"plan": PLAN, "model": "m", "data": "d", "workload": TOY_WORKLOAD, "versions": {"torch": "2"}, "machine": "toy", "protocol": {"n": 9}}
+
+
+@pytest.mark.parametrize("changed", list(FACTS))
+def test_changing_any_one_input_changes_the_key(changed: str) -> None:
+    assert measurement_key(**FACTS) != measurement_key(**{**FACTS, changed: "something else"})
+
+
+def test_an_unfinished_run_is_found_again_and_a_finished_one_is_not(tmp_path: Path) -> None:
+    first, resumed = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="serve-toy")
+    assert not resumed
+    again, resumed = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="serve-toy")
+    assert resumed
+    assert again.path == first.path
+    other, resumed = RunFolder.open(tmp_path, fingerprint="ef01" * 16, title="serve-toy")
+    assert not resumed
+    assert other.path != first.path
+    first.write("result.json", {"schema": 1})
+    new, resumed = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="serve-toy")
+    assert not resumed
+    assert new.path not in (first.path, other.path)
+
+
+def test_a_torn_last_event_is_cut_off(tmp_path: Path) -> None:
+    folder, _ = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="t")
+    folder.event("started")
+    folder.close()
+    with (folder.path / "events.jsonl").open("a") as file:
+        file.write('{"n": 2, "event": "meas')
+    folder.event("resumed")
+    folder.close()
+    events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
+    assert [(e["n"], e["event"]) for e in events] == [(1, "started"), (2, "resumed")]
+
+
+def lock() -> Lock:
+    return Lock(plan=PLAN, artefact_digest="a" * 64, hardware_name="toy", hardware_fingerprint="toy", workload=TOY_WORKLOAD, figures=FIGURES)
+
+
+def test_lock_round_trip_leaves_samples_out(tmp_path: Path) -> None:
+    write_lock(tmp_path / "leanplan.lock", lock())
+    read = read_lock(tmp_path / "leanplan.lock")
+    assert read.plan == PLAN
+    assert read.figures["tpot_s"].samples == ()
+    assert read.figures["tpot_s"].value == 0.01
+
+
+def test_an_edited_lock_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "leanplan.lock"
+    write_lock(path, lock())
+    path.write_text(path.read_text().replace("0.0099", "0.0001"))
+    with pytest.raises(BadInput, match="digest mismatch"):
+        read_lock(path)
+
+
+def test_regressions_need_the_whole_interval_beyond_the_slack() -> None:
+    def now(value: float, half: float) -> dict[str, Figure]:
+        return {"tpot_s": Figure(value=value, low=value - half, high=value + half, n=9)}
+
+    def outcome(value: float, half: float) -> str:
+        return compare(FIGURES, now(value, half), slack=0.03, same_machine=True)[0].outcome
+
+    assert outcome(0.0102, 0.0001) == "same"
+    assert outcome(0.0110, 0.0001) == "worse"
+    assert outcome(0.0110, 0.0010) == "same"  # noise as large as the change
+    assert outcome(0.0090, 0.0001) == "better"
+    other = compare(FIGURES, now(0.02, 0.0), slack=0.03, same_machine=False)
+    assert other[0].outcome == "not compared"
+
+
+def test_recipe_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe(plan=PLAN, model="models/toy", model_digest="toy", allocation={"a": 4})
+    write_recipe(tmp_path, recipe)
+    assert read_recipe(tmp_path / "plan.json") == recipe
+    assert "weight_int4" in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "plan": 3}', "\x00"])
+def test_bad_plan_files_are_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(BadInput):
+        read_recipe(tmp_path / "plan.json")
