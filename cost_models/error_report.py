@@ -13,7 +13,7 @@ from knowledge_base.types import Estimate, Measurement
 def error_report(pairs: Iterable[tuple[Estimate, Measurement]]) -> dict[str, dict[str, float]]:
     """Return, for each metric, how predictions fared against measured figures of the same plans.
 
-    `n` pairs; `median_error_ratio` and `worst_error_ratio` of |predicted / measured - 1| (for quality loss, of the
+    `n` pairs; `median_abs_ratio` and `worst_abs_ratio` of |predicted / measured - 1| (for quality loss, of the
     difference of perplexity ratios); `coverage`: share of measured values inside the predicted interval (0.8 is
     promised); `rank_correlation`: Spearman's, absent below 3 pairs or when one side does not vary.
     """
@@ -35,8 +35,8 @@ def _row(name: str, table: np.ndarray) -> dict[str, float]:
     slack = 1e-9 * np.abs(measured)
     row: dict[str, float] = {
         "n": len(table),
-        "median_error_ratio": float(np.median(errors)),
-        "worst_error_ratio": float(np.max(errors)),
+        "median_abs_ratio": float(np.median(errors)),
+        "worst_abs_ratio": float(np.max(errors)),
         "coverage": float(np.mean((low - slack <= measured) & (measured <= high + slack))),
     }
     if len(table) >= 3 and np.ptp(mid) > 0 and np.ptp(measured) > 0:
@@ -65,6 +65,6 @@ def as_text(report: Mapping[str, Mapping[str, float]]) -> str:
     for name, row in report.items():
         rank = f"{row['rank_correlation']:6.2f}" if "rank_correlation" in row else "     -"
         lines.append(
-            f"{name:26} {row['n']:4.0f} {row['median_error_ratio']:8.1%} {row['worst_error_ratio']:8.1%} {row['coverage']:8.0%} {rank}"
+            f"{name:26} {row['n']:4.0f} {row['median_abs_ratio']:8.1%} {row['worst_abs_ratio']:8.1%} {row['coverage']:8.0%} {rank}"
         )
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def restore(cls: Any, data: Any) -> Any:
         if data is None:
             return None
         return restore(next(a for a in args if a is not type(None)), data)
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         if not isinstance(data, Mapping):
             raise ValueError(f"{cls.__name__}: expected an object, got {type(data).__name__}")
         hints = typing.get_type_hints(cls)

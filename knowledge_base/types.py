@@ -232,6 +232,7 @@ class Engine:
     offers: frozenset[str]
     preload: tuple[str, ...]
     modules: tuple[str, ...]
+    devices: frozenset[str] = frozenset({"cpu", "gpu"})  # kinds of device it computes on
     extra: str | None = None
     sources: tuple[str, ...] = ()
 

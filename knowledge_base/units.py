@@ -59,7 +59,13 @@ _BYTES = {
     "B": Fraction(1), "KiB": Fraction(2**10), "MiB": Fraction(2**20), "GiB": Fraction(2**30), "TiB": Fraction(2**40),
     "kB": Fraction(10**3), "KB": Fraction(10**3), "MB": Fraction(10**6), "GB": Fraction(10**9), "TB": Fraction(10**12),
 }  # fmt: skip
-_JOULES = {"mJ": Fraction(1, 1000), "J": Fraction(1), "kJ": Fraction(1000), "Wh": Fraction(3600), "kWh": Fraction(3600000)}
+_JOULES = {
+    "mJ": Fraction(1, 1000),
+    "J": Fraction(1),
+    "kJ": Fraction(1000),
+    "Wh": Fraction(3600),
+    "kWh": Fraction(3600000),
+}
 _CARBON = {
     "ugCO2e": Fraction(1, 10**6), "mgCO2e": Fraction(1, 1000), "gCO2e": Fraction(1), "kgCO2e": Fraction(1000),
 }  # fmt: skip
@@ -70,10 +76,12 @@ _ALIASES = frozenset({"µs", "μs", "kB", ""})  # second spellings, and no unit 
 
 DIMENSIONS: dict[str, Dimension] = {
     "time": Dimension(
-        noun="a time", base="s", units=_TIME, shown=("us", "ms", "s", "min", "h"), usual=("ms", "s"), examples=("50 ms", "0.2 s")
+        noun="a time", base="s", units=_TIME, shown=("us", "ms", "s", "min", "h"), usual=("ms", "s"),
+        examples=("50 ms", "0.2 s")
     ),
     "bytes": Dimension(
-        noun="bytes", base="B", units=_BYTES, shown=("B", "KiB", "MiB", "GiB", "TiB"), usual=("MiB", "GiB"), examples=("8 GiB", "600 MB")
+        noun="bytes", base="B", units=_BYTES, shown=("B", "KiB", "MiB", "GiB", "TiB"), usual=("MiB", "GiB"),
+        examples=("8 GiB", "600 MB")
     ),
     "rate": Dimension(
         noun="a token rate", base="tokens/s", units=_per({"tokens": Fraction(1)}, _RATES), shown=("tokens/s",),
@@ -89,10 +97,12 @@ DIMENSIONS: dict[str, Dimension] = {
     ),
     "carbon": Dimension(
         noun="carbon for each token", base="gCO2e/token", units=_per(_CARBON, _TOKENS),
-        shown=("gCO2e/1M tokens", "kgCO2e/1M tokens", "gCO2e/token"), usual=("gCO2e/1M tokens",), examples=("50 gCO2e/1M tokens",),
+        shown=("gCO2e/1M tokens", "kgCO2e/1M tokens", "gCO2e/token"), usual=("gCO2e/1M tokens",),
+            examples=("50 gCO2e/1M tokens",),
     ),
     "ratio": Dimension(
-        noun="a share", base="", units={"%": Fraction(1, 100), "": Fraction(1)}, shown=("%",), usual=("%",), examples=("2 %", "0.02"),
+        noun="a share", base="", units={"%": Fraction(1, 100), "": Fraction(1)}, shown=("%",), usual=("%",),
+        examples=("2 %", "0.02"),
         zero=True,
     ),
     "number": Dimension(
@@ -100,7 +110,8 @@ DIMENSIONS: dict[str, Dimension] = {
     ),
     "network": Dimension(
         noun="bytes for each start", base="B/start", units=_per(_BYTES, {"start": 1}),
-        shown=("B/start", "KiB/start", "MiB/start", "GiB/start", "TiB/start"), usual=("MiB/start", "GiB/start"), examples=("1 GiB/start",),
+        shown=("B/start", "KiB/start", "MiB/start", "GiB/start", "TiB/start"), usual=("MiB/start", "GiB/start"),
+            examples=("1 GiB/start",),
     ),
     "requests": Dimension(
         noun="a request rate", base="requests/s", units=_per({"requests": Fraction(1)}, _RATES), shown=("requests/s",),
@@ -308,7 +319,8 @@ def exact(value: float, dimension: str) -> str:
     written = Fraction(repr(float(value)))
     texts = {}
     for unit in dict.fromkeys((*reversed(kind.shown), *kind.units)):
-        if (number := _plain(written / kind.units[unit])) is not None and unit not in _ALIASES:
+        number = _plain(written / kind.units[unit])
+        if number is not None and unit not in _ALIASES and math.isfinite(float(number)):
             texts[unit] = number
     if dimension == "ratio" and value <= 1:
         texts.setdefault("", repr(value))

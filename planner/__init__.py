@@ -29,10 +29,18 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from knowledge_base.errors import LeanplanError
-    from knowledge_base.types import Budget, Hardware, Model, Plan, Step, Workload
-    from planner.api import check, estimate, plan
-    from planner.results import ParetoSet, PlanResult
+    from knowledge_base.errors import LeanplanError as LeanplanError
+    from knowledge_base.types import Budget as Budget
+    from knowledge_base.types import Hardware as Hardware
+    from knowledge_base.types import Model as Model
+    from knowledge_base.types import Plan as Plan
+    from knowledge_base.types import Step as Step
+    from knowledge_base.types import Workload as Workload
+    from planner.api import check as check
+    from planner.api import estimate as estimate
+    from planner.api import plan as plan
+    from planner.results import ParetoSet as ParetoSet
+    from planner.results import PlanResult as PlanResult
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,9 @@ class Kind(Protocol):
 
 def wrong(node: Node, kind: Kind) -> BadInput:
     """Return the error for a value of another type than the key needs."""
-    return node.error(f"{node.name} must be {kind.words}, got {node.found}", hint=f"expected {kind.words}; see: leanplan help spec")
+    return node.error(
+        f"{node.name} must be {kind.words}, got {node.found}", hint="every key is explained by: leanplan help spec"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Text:
 
     def read(self, node: Node) -> str:
         if node.type in ("number", "boolean"):
-            raise node.error(f"{node.name} must be text, got {node.content}", hint=f'put it in quotes: "{node.content}"')
+            raise node.error(
+                f"{node.name} must be text, got {node.content}", hint=f'put it in quotes: "{node.content}"'
+            )
         if node.type != "string" or not re.search(self.shape, node.content) or node.content.endswith("\n"):
             raise wrong(node, self)
         if any(0xD800 <= ord(c) < 0xE000 for c in node.content):
@@ -72,7 +76,7 @@ class Text:
 _RESERVED = ("con", "prn", "aux", "nul", *(f"{port}[0-9]" for port in ("com", "lpt")))
 _CASELESS = "|".join(re.sub("[a-z]", lambda m: f"[{m[0]}{m[0].upper()}]", name) for name in _RESERVED)
 NAME = Text(
-    words="a name: letters, digits, . _ - (at most 64, not beginning or ending with . or -, not reserved by Windows)",
+    words="letters, digits, . _ - (at most 64, no . or - at the ends, no name Windows reserves)",
     shape=rf"^(?!(?:{_CASELESS})(?:\.|$))[A-Za-z0-9_](?:[A-Za-z0-9._-]{{0,62}}[A-Za-z0-9_])?$",
 )
 
@@ -87,7 +91,9 @@ class FilePath:
     def read(self, node: Node) -> Path:
         path = Path(Text(self.words).read(node))
         if self.inside and (path.is_absolute() or ".." in path.parts or "\\" in str(path)):
-            raise node.error(f"{node.name}: {quote(str(path))} leaves the spec's folder", hint="name a file beside or below the spec")
+            raise node.error(
+                f"{node.name}: {quote(str(path))} leaves the spec's folder", hint="name a file beside or below the spec"
+            )
         return path
 
     def write(self, value: Path) -> str:
@@ -133,7 +139,7 @@ class Entry:
 
     @property
     def words(self) -> str:
-        return f"a {self.noun}: {', '.join(self.names())}"
+        return f"{'an' if self.noun[0] in 'aeiou' else 'a'} {self.noun}: {', '.join(self.names())}"
 
     def read(self, node: Node) -> str:
         names = self.names()
@@ -141,7 +147,9 @@ class Entry:
             return str(node.content)
         near = difflib.get_close_matches(node.content, names, n=2) if node.type == "string" else []
         guess = f"; did you mean {' or '.join(quote(n) for n in near)}?" if near else ""
-        raise node.error(f"unknown {self.noun} {node.found}{guess}", hint=f"known: {', '.join(names)} (leanplan ls {self.noun}s)")
+        raise node.error(
+            f"unknown {self.noun} {node.found}{guess}", hint=f"known: {', '.join(names)} (leanplan ls {self.noun}s)"
+        )
 
     def write(self, value: str) -> str:
         return value
@@ -156,13 +164,12 @@ class Whole:
 
     least: int = 1
     most: int = 2**31 - 1
-    example: int | None = None
 
     @property
     def words(self) -> str:
-        return f"a whole number from {self.least:,} to {self.most:,}".replace(",", " ") if self.most < 2**31 - 1 else (
-            f"a whole number, at least {self.least}"
-        )  # fmt: skip
+        if self.least == self.most:
+            return str(self.least)
+        return f"a whole number, at least {self.least}" + (f" and at most {self.most}" if self.most < 2**31 - 1 else "")
 
     def read(self, node: Node) -> int:
         if node.type == "number":
@@ -227,10 +234,10 @@ class Quantity:
     def words(self) -> str:
         return units.DIMENSIONS[self.dimension].wanted
 
-    def read(self, node: Node) -> float:
+    def read(self, node: Node, field: str = "") -> float:
         if node.type not in ("string", "number"):
             raise wrong(node, self)
-        value = _in_place(node, lambda: units.parse(node.content, self.dimension, field=node.name))
+        value = in_place(node, lambda: units.parse(node.content, self.dimension, field=field or node.name))
         return max(1, round(value)) if self.whole else value
 
     def write(self, value: float) -> str:
@@ -245,7 +252,7 @@ class Quantity:
         return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, text]}
 
 
-def _in_place(node: Node, call: Callable[[], Any]) -> Any:
+def in_place(node: Node, call: Callable[[], Any]) -> Any:
     """Run something that may raise BadInput without a place, and give the error this node's place."""
     try:
         return call()
@@ -276,7 +283,10 @@ class ListOf:
                 raise item.error(f"{item.found} is given twice in {node.name}", hint="keep one of the two")
             values.append(value)
         if self.most and len(values) > self.most:
-            raise node.error(f"{node.name} has {len(values)} entries, at most {self.most} are allowed", hint="keep the most important")
+            raise node.error(
+                f"{node.name} has {len(values)} entries, at most {self.most} are allowed",
+                hint="keep the most important",
+            )
         return tuple(values)
 
     def write(self, value: Sequence[Any]) -> list[Any]:
@@ -298,6 +308,7 @@ class Key:
     absent: str = ""  # what happens without it, where the default value does not say it
     example: str = ""  # a YAML value, where the kind's own example would not do
     default: Any = UNSET  # where the section's class has none
+    required: bool = False  # although the section's class has a default
 
     @property
     def target(self) -> str:
@@ -328,6 +339,8 @@ class Section:
 
     def default(self, key: Key) -> Any:
         """Return the value of a key that is left out; UNSET if it must be given."""
+        if key.required:
+            return UNSET
         if key.default is not UNSET:
             return key.default
         field = next((f for f in dataclasses.fields(self.cls) if f.name == key.target), None)
@@ -336,6 +349,15 @@ class Section:
         if field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
         return UNSET if field.default is dataclasses.MISSING else field.default
+
+    def default_text(self, key: Key) -> str:
+        """Return what leaving a key out means, in YAML or words: "required", "normal", "by effort: ..."."""
+        default = self.default(key)
+        if default is UNSET:
+            return "required"
+        if key.absent or default in (None, ()) or isinstance(key.kind, Section):
+            return key.absent or "its defaults"
+        return flow(key.kind.write(default))
 
     def read(self, node: Node) -> Any:
         if self.shorthand and node.type in ("string", "number", "boolean"):
@@ -361,14 +383,17 @@ class Section:
                 default = self.default(key)
                 if default is UNSET:
                     raise node.error(
-                        f"missing key '{key.name}' in {node.name}", hint=f"{key.name}: {key.about}; expected {key.kind.words}"
+                        f"missing key '{key.name}' in {node.name}",
+                        hint=f"{key.name}: {key.about}; expected {key.kind.words}",
                     )
                 values[key.target] = default
         return self.cls(**self.gather(values, node))
 
     def write(self, value: Any) -> dict[str, Any]:
         values = self.spread(value) if self.spread else {key.target: getattr(value, key.target) for key in self.keys}
-        return {key.name: key.kind.write(values[key.target]) for key in self.keys if values[key.target] is not None}
+        return {
+            key.name: key.kind.write(values[key.target]) for key in self.keys if values[key.target] not in (None, ())
+        }
 
     def schema(self) -> dict[str, Any]:
         required = [key.name for key in self.keys if self.default(key) is UNSET]
@@ -387,10 +412,19 @@ class Section:
         if default is not UNSET:
             inner = {"anyOf": [inner, {"type": "null"}]}
         shown = default not in (UNSET, None, ()) and not isinstance(key.kind, Section)
-        described = {"description": f"{key.about}. {key.kind.words}" if not isinstance(key.kind, Section) else key.about}
+        described = {
+            "description": f"{key.about}. {key.kind.words}" if not isinstance(key.kind, Section) else key.about
+        }
         if key.example:
             described["description"] += f". Example: {key.example}"
         return {**described, **inner, **({"default": key.kind.write(default)} if shown else {})}
+
+
+def flow(value: Any) -> str:
+    """Return a written value on one line of YAML: `[a, b]`, `{max: 50 ms}`, `64`."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+    return f"[{', '.join(flow(item) for item in value)}]" if isinstance(value, list) else str(value)
 
 
 def unknown_key(node: Node, known: Sequence[str]) -> BadInput:

@@ -62,10 +62,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             _damaged(path, f"its header claims {header_bytes} bytes, the file has {file_bytes}")
         file.seek(8)
         header = file.read(header_bytes)
+    if (objects := header.count(b"{")) > MOST_TENSORS + 2:  # every tensor is one; counted before it is parsed
+        _damaged(path, f"about {objects} tensors in one file, more than {MOST_TENSORS}")
     entries = _parse(path, header)
     entries.pop("__metadata__", None)
-    if len(entries) > MOST_TENSORS:
-        _damaged(path, f"{len(entries)} tensors in one file, more than {MOST_TENSORS}")
     tensors = {name: _stored(path, name, entry, 8 + header_bytes) for name, entry in entries.items()}
     _check_coverage(path, tensors, 8 + header_bytes, file_bytes)
     return tensors
@@ -106,7 +106,12 @@ def _stored(path: Path, name: str, entry: Any, data_start: int) -> Stored:
     except (TypeError, KeyError, ValueError):
         _damaged(path, f"tensor `{name[:80]}` lacks dtype, shape or data_offsets")
     numbers = (*shape, begin, end)
-    if dtype not in DTYPE_BITS or any(type(n) is not int or n < 0 for n in numbers) or len(shape) > MOST_DIMENSIONS:
+    if (
+        not isinstance(dtype, str)
+        or dtype not in DTYPE_BITS
+        or any(type(n) is not int or n < 0 for n in numbers)
+        or len(shape) > MOST_DIMENSIONS
+    ):
         _damaged(path, f"tensor `{name[:80]}` has an unknown dtype or impossible numbers")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or end - begin != bits // 8:

@@ -2,7 +2,7 @@
 
 YAML 1.1 would turn `12:30` into 750 and `off` into False; here nothing is converted, so that typing can be done by
 what a key needs, and refused with the place. Aliases, anchors, tags, duplicate keys, a second document, more than
-20 levels, 5000 values or 256 KiB are refused while reading, before anything is built from them.
+20 levels, 2000 values or 256 KiB are refused while reading, before anything is built from them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from knowledge_base.units import quote
 
 LARGEST_BYTES = 256 * 1024
 DEEPEST = 20
-MOST_VALUES = 5000
+MOST_VALUES = 2000
 _PLAIN_TYPES = (  # YAML 1.2 core schema: what a plain scalar is; everything else is text
     ("null", re.compile(r"(?:~|null|Null|NULL)?")),
     ("boolean", re.compile(r"true|True|TRUE|false|False|FALSE")),
-    ("number", re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")),
+    (
+        "number",
+        re.compile(
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+        ),
+    ),
 )
 _BREAKS = re.compile(r"\r\n|[\r\n\x85\u2028\u2029]")
 _TOML_ASIDE = re.compile(r"""\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*""", re.DOTALL)
@@ -54,7 +59,7 @@ class Source:
 
     def excerpt(self, place: Place) -> str | None:
         """Return the line with carets under the place; long lines are cut around it."""
-        if not 1 <= place.line <= len(self.lines):
+        if not 1 <= place.line <= len(self.lines) or not self.lines[place.line - 1].strip():
             return None
         shown = "".join(c if c.isprintable() else " " for c in self.lines[place.line - 1])
         first = max(0, place.column - 60)
@@ -138,9 +143,15 @@ def read_bytes(source: str | Path, stdin: BinaryIO | None = None) -> tuple[bytes
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadInput("not found", hint=make, where=name) from error
         except OSError as error:
-            raise BadInput(f"cannot be read: {error.strerror}", hint="check the path and its permissions", where=name) from error
+            raise BadInput(
+                f"cannot be read: {error.strerror}", hint="check the path and its permissions", where=name
+            ) from error
     if len(data) > LARGEST_BYTES:
-        raise BadInput("larger than 256 KiB, which is not allowed", hint="a spec is a page of text; is this another file?", where=name)
+        raise BadInput(
+            "larger than 256 KiB, which is not allowed",
+            hint="a spec is a page of text; is this another file?",
+            where=name,
+        )
     return data, name
 
 
@@ -155,7 +166,9 @@ def decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         line = data[:start].count(b"\n") + 1
-        raise BadInput(f"not UTF-8 at byte {start} (counted from 0, line {line})", hint="save the file as UTF-8", where=name) from error
+        raise BadInput(
+            f"not UTF-8 at byte {start} (counted from 0, line {line})", hint="save the file as UTF-8", where=name
+        ) from error
     if bad := _CONTROL.search(text):
         line = len(_BREAKS.findall(text[: bad.start()])) + 1
         what = "NUL byte" if bad[0] == "\0" else f"control character U+{ord(bad[0]):04X}"
@@ -178,10 +191,18 @@ def parse_yaml(text: str, name: str) -> Node:
         mark = error.problem_mark or error.context_mark
         place = Place(mark.line + 1, mark.column + 1, mark.column + 2) if mark else Place(1, 1, 2)
         problem = f"{error.problem or error.context or 'malformed'}".replace("<stream end>", "the end of the file")
-        hint = "limits are written `max: 50 ms` or `min: 5 tokens/s`, without `>=`" if "chomping" in problem else _yaml_hint(problem)
+        hint = (
+            "limits are written `max: 50 ms` or `min: 5 tokens/s`, without `>=`"
+            if "chomping" in problem
+            else _yaml_hint(problem)
+        )
         raise _refusal(source, _within(place, source), f"malformed YAML: {problem}", hint) from error
     except yaml.YAMLError as error:  # the reader's: a character YAML has no place for
-        raise BadInput(f"malformed YAML: {' '.join(str(error).split())[:120]}", hint="save the file as plain UTF-8 text", where=name) from error
+        raise BadInput(
+            f"malformed YAML: {' '.join(str(error).split())[:120]}",
+            hint="save the file as plain UTF-8 text",
+            where=name,
+        ) from error
 
 
 def _yaml_hint(problem: str) -> str:
@@ -210,18 +231,24 @@ def _build(events: Any, source: Source) -> Node:
     for count, event in enumerate(events):
         place = _place(event)
         if count > 2 * MOST_VALUES:
-            raise _refusal(source, place, f"more than {MOST_VALUES} values, which is not allowed", "a spec has a hundred at most")
+            raise _refusal(
+                source, place, f"more than {MOST_VALUES} values, which is not allowed", "a spec has a hundred at most"
+            )
         if isinstance(event, yaml.DocumentStartEvent) and root is not None:
             raise _refusal(source, place, "a second document", "keep one document in the file: remove the `---`")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise _refusal(source, place, "aliases and anchors are not allowed", "write the value out")
         if getattr(event, "tag", None) is not None:
-            raise _refusal(source, place, f"tags are not allowed ({quote(event.tag)})", "write plain values without `!`")
+            raise _refusal(
+                source, place, f"tags are not allowed ({quote(event.tag)})", "write plain values without `!`"
+            )
         if isinstance(event, yaml.ScalarEvent):
             node = Node((), _type_of(event), event.value, source, place)
         elif isinstance(event, yaml.CollectionStartEvent):
             if len(stack) >= DEEPEST:
-                raise _refusal(source, place, f"nested deeper than {DEEPEST} levels, which is not allowed", "a spec needs four")
+                raise _refusal(
+                    source, place, f"nested deeper than {DEEPEST} levels, which is not allowed", "a spec needs four"
+                )
             kind = "mapping" if isinstance(event, yaml.MappingStartEvent) else "sequence"
             node = Node((), kind, {} if kind == "mapping" else [], source, place)
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -306,7 +333,9 @@ def parse_toml(text: str, name: str, *, table: tuple[str, ...] = ()) -> Node:
     source = Source(name, tuple(_BREAKS.split(text)))
     try:
         if _toml_depth(text) > DEEPEST:
-            raise BadInput(f"nested deeper than {DEEPEST} levels, which is not allowed", hint="a spec needs four", where=name)
+            raise BadInput(
+                f"nested deeper than {DEEPEST} levels, which is not allowed", hint="a spec needs four", where=name
+            )
         data: Any = tomllib.loads(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:
         at = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
@@ -318,7 +347,9 @@ def parse_toml(text: str, name: str, *, table: tuple[str, ...] = ()) -> Node:
     for step in table:
         data = data.get(step) if isinstance(data, Mapping) else None
     if data is None:
-        raise BadInput(f"no table [{'.'.join(table)}]", hint="add the table, or give another file: leanplan init", where=name)
+        raise BadInput(
+            f"no table [{'.'.join(table)}]", hint="add the table, or give another file: leanplan init", where=name
+        )
     return from_python(data, source=source, places=_toml_places(source, table))
 
 
@@ -349,8 +380,12 @@ def _toml_places(source: Source, table: tuple[str, ...]) -> dict[tuple[str, ...]
                 continue
             path = path[len(table) :]
             places[path] = Place(number, pair.start(1) + 1, len(line.rstrip()) + 1)
-            for inner in re.finditer(r"[{,]\s*([A-Za-z0-9_-]+)\s*=\s*(\"[^\"]*\"|'[^']*'|[^,}\s]+)", line[pair.end() :]):
-                places.setdefault((*path, inner[1]), Place(number, pair.end() + inner.start(1) + 1, pair.end() + inner.end(2) + 1))
+            for inner in re.finditer(
+                r"[{,]\s*([A-Za-z0-9_-]+)\s*=\s*(\"[^\"]*\"|'[^']*'|[^,}\s]+)", line[pair.end() :]
+            ):
+                places.setdefault(
+                    (*path, inner[1]), Place(number, pair.end() + inner.start(1) + 1, pair.end() + inner.end(2) + 1)
+                )
     return places
 
 
@@ -358,7 +393,9 @@ def _toml_key(text: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in text.split("."))
 
 
-def from_python(data: Any, *, source: Source | None = None, places: Mapping[tuple[str, ...], Place] | None = None) -> Node:
+def from_python(
+    data: Any, *, source: Source | None = None, places: Mapping[tuple[str, ...], Place] | None = None
+) -> Node:
     """Return Python values as nodes: numbers as their text, None as null, paths as text.
 
     Raises:
@@ -367,7 +404,9 @@ def from_python(data: Any, *, source: Source | None = None, places: Mapping[tupl
     return _from_python(data, (), source, places or {})
 
 
-def _from_python(data: Any, path: tuple[str, ...], source: Source | None, places: Mapping[tuple[str, ...], Place]) -> Node:
+def _from_python(
+    data: Any, path: tuple[str, ...], source: Source | None, places: Mapping[tuple[str, ...], Place]
+) -> Node:
     place = next((places[path[:i]] for i in range(len(path), -1, -1) if path[:i] in places), None)
     node = Node(path, "null", "", source, place or (Place(1, 1, 2) if source else None), place)
     if len(path) > DEEPEST:
@@ -389,5 +428,7 @@ def _from_python(data: Any, path: tuple[str, ...], source: Source | None, places
     elif isinstance(data, str | Path | datetime.date | datetime.time):
         node.type, node.content = "string", str(data)
     elif data is not None:
-        raise node.error(f"{node.name} cannot be {quote(type(data).__name__)}", hint='write text, e.g. "50 ms", or a whole number')
+        raise node.error(
+            f"{node.name} cannot be {quote(type(data).__name__)}", hint='write text, e.g. "50 ms", or a whole number'
+        )
     return node

@@ -9,7 +9,7 @@ from dataclasses import replace
 import cost_models
 from knowledge_base import units
 from knowledge_base.metrics import METRICS, find_metric
-from knowledge_base.types import Budget, Estimate, Measurement, Plan
+from knowledge_base.types import Budget, Estimate, Plan
 from planner.results import PlanResult, Rejection, Verdict
 
 TIE = 0.03  # figures closer than this share are equal for a recommendation: the next objective decides
@@ -53,9 +53,11 @@ def mark_front(results: Sequence[PlanResult], objectives: Sequence[str]) -> list
 def recommend(results: Sequence[PlanResult], objectives: Sequence[str]) -> PlanResult | None:
     """Return the feasible plan that is best on the first objective, near-ties settled by the next ones.
 
-    None when no plan meets every error budget.
+    Plans that also meet the budgets of level warn come before those that do not. None when no plan meets every
+    error budget.
     """
     field = [r for r in results if r.feasible and not failed(r) and r.on_front]
+    field = [r for r in field if all(v.outcome == "met" for v in r.verdicts)] or field
     for label in objectives:
         sign = 1 if find_metric(label)[0].better == "lower" else -1
         scored = [(sign * value, r) for r in field if (value := value_of(r, label)) is not None]
@@ -84,7 +86,9 @@ def sentence(best: PlanResult | None, results: Sequence[PlanResult], objectives:
         if value is None:
             continue
         text = f"{metric.label} {units.format(value, metric.dimension)}"
-        if reference and best.plan != results[0].plan and metric.dimension != "ratio":
+        if metric.name in best.ratios and best.plan != results[0].plan:
+            text += f" ({best.ratios[metric.name].value:.2f}× the unchanged model's, interleaved)"
+        elif reference and best.plan != results[0].plan and metric.dimension != "ratio":
             text += f" ({value / reference:.2f}× the unchanged model's)"
         changes.append(text)
     kind = "measured" if measured else "predicted"
@@ -179,28 +183,6 @@ def nearest(results: Sequence[PlanResult], budgets: Sequence[Budget]) -> tuple[s
         plan = min(shortfall, key=lambda p: shortfall[p])
         lines.append(f"nearest to all budgets: {plan.words}, short by {max(0.0, shortfall[plan]):.0%} on its worst")
     return tuple(lines)
-
-
-def prediction_errors(estimates: Mapping[Plan, Estimate], measurements: Sequence[Measurement]) -> dict[str, dict[str, float]]:
-    """Return metric -> n, median_abs_ratio, coverage, for predictions made before each plan was measured."""
-    out: dict[str, dict[str, float]] = {}
-    for name in METRICS:
-        pairs = []
-        for m in measurements:
-            figure = m.figures.get(name)
-            value = estimates[m.plan].values.get(name) if m.plan in estimates else None
-            if figure and value and figure.source == "measured":
-                pairs.append((value, figure.value))
-        if not pairs:
-            continue
-        if METRICS[name].dimension == "ratio":  # a ratio of ratios says nothing near zero: compare perplexity factors
-            off = sorted(abs((1 + v.mid) / (1 + x) - 1) for v, x in pairs)
-        else:
-            off = sorted(abs(v.mid / x - 1) for v, x in pairs if x)
-        if off:
-            held = sum(v.low <= x <= v.high for v, x in pairs) / len(pairs)
-            out[name] = {"n": float(len(pairs)), "median_abs_ratio": off[len(off) // 2], "worst_abs_ratio": off[-1], "coverage": held}
-    return out
 
 
 def price_with_and_without(plan: Plan, **setting: object) -> dict[Plan, Estimate]:

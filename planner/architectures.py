@@ -47,6 +47,8 @@ class Family:
     output_bias: bool | tuple[str, bool] = ("attention_bias", False)
     qk_norm: str = ""  # "head": one weight for each number of a head, "full": for each number of the projection
     experts: str = ""  # "mixtral" | "qwen": how their tensors are named
+    shared_expert: bool = False  # one more that every token goes through
+    needs: tuple[str, ...] = ()  # further facts of config_facts.py its shapes are made from
 
 
 def _flag(value: bool | tuple[str, bool], config: Mapping[str, Any]) -> bool:
@@ -69,7 +71,9 @@ def _llama(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
             shapes |= _linear(f"{attention}.qkv_proj", query + 2 * key, hidden)
         else:
             shapes |= _linear(f"{attention}.q_proj", query, hidden, bias)
-            shapes |= _linear(f"{attention}.k_proj", key, hidden, bias) | _linear(f"{attention}.v_proj", key, hidden, bias)
+            shapes |= _linear(f"{attention}.k_proj", key, hidden, bias) | _linear(
+                f"{attention}.v_proj", key, hidden, bias
+            )
         shapes |= _linear(f"{attention}.o_proj", hidden, query, output_bias)
         if family.qk_norm:
             full = family.qk_norm == "full"
@@ -105,13 +109,18 @@ def _experts(family: Family, sizes: Sizes, config: Mapping[str, Any], at: str) -
         shapes = _linear(f"{at}.gate", sizes.experts, hidden)
         for expert in range(sizes.experts):
             one = f"{at}.experts.{expert}"
-            shapes |= {f"{one}.w1.weight": (ffn, hidden), f"{one}.w2.weight": (hidden, ffn), f"{one}.w3.weight": (ffn, hidden)}
+            shapes |= {
+                f"{one}.w1.weight": (ffn, hidden),
+                f"{one}.w2.weight": (hidden, ffn),
+                f"{one}.w3.weight": (ffn, hidden),
+            }
         return shapes
     at += ".mlp"
     shapes = _linear(f"{at}.gate", sizes.experts, hidden)
     for expert in range(sizes.experts):
         shapes |= _gated(f"{at}.experts.{expert}", hidden, ffn)
-    if shared := config.get("shared_expert_intermediate_size"):
+    if family.shared_expert:
+        shared = int(config["shared_expert_intermediate_size"])
         shapes |= _gated(f"{at}.shared_expert", hidden, shared) | _linear(f"{at}.shared_expert_gate", 1, hidden)
     return shapes
 
@@ -147,7 +156,9 @@ def _gpt_neox(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes
         shapes |= _norm(f"{at}.input_layernorm", hidden) | _norm(f"{at}.post_attention_layernorm", hidden)
         shapes |= _linear(f"{at}.attention.query_key_value", 3 * hidden, hidden, bias)
         shapes |= _linear(f"{at}.attention.dense", hidden, hidden, bias)
-        shapes |= _linear(f"{at}.mlp.dense_h_to_4h", ffn, hidden, True) | _linear(f"{at}.mlp.dense_4h_to_h", hidden, ffn, True)
+        shapes |= _linear(f"{at}.mlp.dense_h_to_4h", ffn, hidden, True) | _linear(
+            f"{at}.mlp.dense_4h_to_h", hidden, ffn, True
+        )
     return shapes | _norm("gpt_neox.final_layer_norm", hidden) | {"embed_out.weight": (sizes.vocab_size, hidden)}
 
 
@@ -159,7 +170,11 @@ def _mamba(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
     shapes: Shapes = {"backbone.embeddings.weight": (sizes.vocab_size, hidden)}
     for layer in range(sizes.layers):
         at = f"backbone.layers.{layer}.mixer"
-        shapes |= {f"backbone.layers.{layer}.norm.weight": (hidden,), f"{at}.A_log": (inner, state), f"{at}.D": (inner,)}
+        shapes |= {
+            f"backbone.layers.{layer}.norm.weight": (hidden,),
+            f"{at}.A_log": (inner, state),
+            f"{at}.D": (inner,),
+        }
         shapes[f"{at}.conv1d.weight"] = (inner, 1, int(config["conv_kernel"]))
         if config.get("use_conv_bias", True):
             shapes[f"{at}.conv1d.bias"] = (inner,)
@@ -184,13 +199,22 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS, qk_norm="head"),
     "olmo2": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
     "olmo3": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
-    "mixtral": Family(shapes=_llama, qkv_bias=False, output_bias=False, experts="mixtral"),
-    "qwen2_moe": Family(shapes=_llama, qkv_bias=("qkv_bias", True), output_bias=False, experts="qwen"),
-    "qwen3_moe": Family(shapes=_llama, qk_norm="head", experts="qwen"),
+    "mixtral": Family(
+        shapes=_llama, qkv_bias=False, output_bias=False, experts="mixtral",
+        needs=("experts", "ffn_size"),
+    ),
+    "qwen2_moe": Family(
+        shapes=_llama, qkv_bias=("qkv_bias", True), output_bias=False, experts="qwen", shared_expert=True,
+        needs=("experts", "expert_ffn_size", "ffn_size", "shared_expert_ffn_size"),
+    ),
+    "qwen3_moe": Family(
+        shapes=_llama, qk_norm="head", experts="qwen",
+        needs=("experts", "expert_ffn_size", "ffn_size"),
+    ),
     "gpt2": Family(shapes=_gpt2, tied=True, gated=False),
     "gpt_neox": Family(shapes=_gpt_neox, gated=False),
-    "mamba": Family(shapes=_mamba, tied=True),
-}
+    "mamba": Family(shapes=_mamba, tied=True, needs=("state_size", "conv_kernel")),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- parts of a model, by the names of tensors

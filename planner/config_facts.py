@@ -22,16 +22,28 @@ _KEYS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "heads": (("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 1, 2**16),
     "kv_heads": (("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"), 1, 2**16),
     "head_size": (("head_dim", "attention_head_dim", "kv_channels"), 1, 2**16),
-    "ffn_size": (("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "hidden_dim"), 1, 2**24),
+    "ffn_size": (
+        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "hidden_dim"),
+        1, 2**24,
+    ),
     "expert_ffn_size": (("moe_intermediate_size", "expert_ffn_hidden_size"), 1, 2**24),
+    "shared_expert_ffn_size": (("shared_expert_intermediate_size",), 1, 2**24),
     "vocab_size": (("vocab_size", "n_vocab", "padded_vocab_size"), 1, 4_000_000),
     "context_tokens": (
-        ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length", "model_max_length"),
+        (
+            "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length",
+            "model_max_length",
+        ),
         1, 2**31,
     ),
-    "experts": (("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 0, 65536),
-    "experts_active": (("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k"), 0, 65536),
-    "window": (("sliding_window", "sliding_window_size", "attention_window_size"), 1, 2**31),
+    "experts": (
+        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 0, 4096,
+    ),
+    "experts_active": (
+        ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk", "moe_k"),
+        0, 4096,
+    ),
+    "window": (("sliding_window", "sliding_window_size", "attention_window_size"), 0, 2**31),
     "state_size": (("state_size", "mamba_d_state", "ssm_state_size"), 1, 2**16),
     "conv_kernel": (("conv_kernel", "mamba_d_conv"), 1, 4096),
     "expand": (("expand", "mamba_expand"), 1, 4096),
@@ -43,12 +55,25 @@ _KEYS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "latent_rope_head": (("qk_rope_head_dim",), 1, 2**16),
     "latent_value_head": (("v_head_dim",), 1, 2**16),
 }  # fmt: skip
+MOST_EXPERTS = 2**18  # of all layers together; the largest published models have 2**15
 _RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # no attention at all
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid", "hybrid_attention")
-_MIXED_WINDOWS = ("gemma2", "gemma3", "gemma3_text", "cohere2", "gpt_oss", "olmo3", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gpt_neo")
+_MIXED_WINDOWS = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "cohere2",
+    "gpt_oss",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_neo",
+)
 _PLAIN_FFN = (
-    "gpt2", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "codegen", "opt", "bloom", "falcon", "phi", "mpt", "starcoder2",
-    "gpt_bigcode", "nemotron", "persimmon", "biogpt", "xglm", "fuyu",
+    "gpt2", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "codegen", "opt", "bloom", "falcon", "phi", "mpt",
+    "starcoder2", "gpt_bigcode", "nemotron", "persimmon", "biogpt", "xglm", "fuyu",
 )  # fmt: skip
 
 
@@ -77,10 +102,14 @@ def _fact(config: Mapping[str, Any], fact: str, where: str) -> int | None:
     if isinstance(value, list) and value and all(type(v) is int for v in value):
         value = max(value)  # one for each layer: plan for the widest
     if type(value) is not int:
-        raise BadInput(f"config.json: {key} must be a whole number, got {value!r:.60}", hint="mend config.json", where=where)
+        raise BadInput(
+            f"config.json: {key} must be a whole number, got {value!r:.60}", hint="mend config.json", where=where
+        )
     if not low <= value <= high:
         limit = f"≥ {low}" if value < low else f"≤ {high}"
-        raise BadInput(f"config.json: {key} must be {limit}, got {str(value)[:40]}", hint="mend config.json", where=where)
+        raise BadInput(
+            f"config.json: {key} must be {limit}, got {str(value)[:40]}", hint="mend config.json", where=where
+        )
     return value
 
 
@@ -94,11 +123,10 @@ def check_bounds(config: Mapping[str, Any], *, where: str) -> None:
         _fact(config, fact, where)
 
 
-def lacks_sizes(config: Mapping[str, Any]) -> bool:
+def lacks_sizes(config: Mapping[str, Any], family: Family | None) -> bool:
     """Whether sizes nobody can plan without are left to transformers' defaults."""
-    kind = config.get("model_type")
-    needed = ["layers", "hidden_size", "vocab_size"]
-    if kind not in _RECURRENT:
+    needed = ["layers", "hidden_size", "vocab_size", *(family.needs if family else ())]
+    if config.get("model_type") not in _RECURRENT:
         needed.append("heads")
     return any(all(config.get(name) is None for name in _KEYS[fact][0]) for fact in needed)
 
@@ -125,7 +153,7 @@ def facts_of(config: Mapping[str, Any], family: Family | None, notes: list[str],
     head_size = 0
     if not recurrent:
         if got["latent_rank"] and got["latent_query_head"] and got["latent_value_head"]:
-            # Latent attention as transformers runs it: full keys and values are cached; this is the mean of their sizes.
+            # Latent attention as transformers runs it caches full keys and values; this is the mean of their sizes.
             head_size = -(-(got["latent_query_head"] + (got["latent_rope_head"] or 0) + got["latent_value_head"]) // 2)
             kv_heads = heads
         else:
@@ -134,6 +162,12 @@ def facts_of(config: Mapping[str, Any], family: Family | None, notes: list[str],
     if recurrent and ffn is None:
         ffn = (got["expand"] or 2) * hidden
     experts = got["experts"] or 0
+    if experts * layers > MOST_EXPERTS:
+        raise BadInput(
+            f"config.json: {layers} layers of {experts} experts",
+            hint=f"at most {MOST_EXPERTS} experts in all",
+            where=where,
+        )
     if experts:
         ffn = got["expert_ffn_size"] or ffn
     context = got["context_tokens"]
@@ -144,14 +178,17 @@ def facts_of(config: Mapping[str, Any], family: Family | None, notes: list[str],
     if experts and got["experts_active"] is None:
         notes.append("config.json does not say how many experts a token uses; 2 are assumed")
     attention_layers = 0 if recurrent else _attention_layers(config, layers, where)
-    state_values = (layers - attention_layers if not recurrent and attention_layers < layers else layers) * _state(config, got, hidden)
+    state_values = (layers - attention_layers if not recurrent and attention_layers < layers else layers) * _state(
+        config, got, hidden
+    )
     if attention_layers < layers and not state_values:
         notes.append(f"the recurrent state of `{kind}` is not counted in memory")
     gated = family.gated if family else kind not in _PLAIN_FFN
     return Facts(
         sizes=Sizes(
             layers=layers, hidden_size=hidden, heads=heads, kv_heads=kv_heads, head_size=head_size,
-            ffn_size=ffn or 4 * hidden, vocab_size=vocab, experts=experts, experts_active=active, context_tokens=context,
+            ffn_size=ffn or 4 * hidden, vocab_size=vocab, experts=experts, experts_active=active,
+            context_tokens=context,
         ),
         gated=gated, window=_window(config, kind, got["window"], notes),
         attention_layers=attention_layers, state_values=state_values,
@@ -164,14 +201,20 @@ def _kv_heads(config: Mapping[str, Any], given: int | None, heads: int, where: s
     kv_heads = given or heads
     if kv_heads > heads or heads % kv_heads:
         raise BadInput(
-            f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads", hint="mend config.json", where=where
+            f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads",
+            hint="mend config.json",
+            where=where,
         )
     return kv_heads
 
 
 def _divide(hidden: int, heads: int, where: str) -> int:
     if hidden % heads:
-        raise BadInput(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads", hint="mend config.json", where=where)
+        raise BadInput(
+            f"config.json: hidden_size {hidden} is not a multiple of {heads} heads",
+            hint="mend config.json",
+            where=where,
+        )
     return hidden // heads
 
 
@@ -215,7 +258,7 @@ def _state(config: Mapping[str, Any], got: Mapping[str, int | None], hidden: int
 
 def _window(config: Mapping[str, Any], kind: str, window: int | None, notes: list[str]) -> int | None:
     """Return the window if every attention layer has it; where only some have, the cache is planned as if none had."""
-    if window is None or config.get("use_sliding_window") is False:
+    if not window or config.get("use_sliding_window") is False:
         return None
     kinds = config.get("layer_types")
     mixed = kind in _MIXED_WINDOWS and config.get("max_window_layers") != 0
@@ -235,7 +278,9 @@ def read_json(path: Path, longest_bytes: int) -> dict[str, Any]:
         raise BadInput("not a regular file", hint="download or copy the file again", where=str(path))
     size = path.stat().st_size
     if size > longest_bytes:
-        raise BadInput(f"{size} bytes, more than {longest_bytes}", hint="this is not the file it should be", where=str(path))
+        raise BadInput(
+            f"{size} bytes, more than {longest_bytes}", hint="this is not the file it should be", where=str(path)
+        )
 
     def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is not a number JSON knows")
@@ -243,7 +288,9 @@ def read_json(path: Path, longest_bytes: int) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise BadInput(f"not UTF-8 at byte {error.start}", hint="download or save the file again", where=str(path)) from error
+        raise BadInput(
+            f"not UTF-8 at byte {error.start}", hint="download or save the file again", where=str(path)
+        ) from error
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise BadInput(f"not JSON: {error}", hint="download or mend the file", where=f"{path}{line}") from error

@@ -45,20 +45,31 @@ def describe(folder: Path, *, weights: bool) -> Description:
         home = Path(name)
         root = Path(__file__).resolve().parent.parent
         environment = {**clean_environment(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "planner.describing", str(folder.resolve()), str(int(weights)), "answer.json"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "planner.describing",
+            str(folder.resolve()),
+            str(int(weights)),
+            "answer.json",
+        ]
         try:
             done = subprocess.run(
                 command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT_S
             )
         except subprocess.TimeoutExpired as error:
             raise EnvironmentProblem(
-                f"transformers took over {TIME_LIMIT_S} s to describe the model", hint="try again when the machine is less busy",
+                f"transformers took over {TIME_LIMIT_S} s to describe the model",
+                hint="try again when the machine is less busy",
                 where=str(folder),
             ) from error  # fmt: skip
         answer = home / "answer.json"
         if not answer.is_file():
             last = done.stderr.decode("utf-8", errors="replace").strip().splitlines()[-1:] or ["it gave no reason"]
-            raise EnvironmentProblem(f"transformers could not be asked: {last[0]}", hint="leanplan doctor", where=str(folder))
+            raise EnvironmentProblem(
+                f"transformers could not be asked: {last[0]}", hint="leanplan doctor", where=str(folder)
+            )
         facts = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in facts:
         raise BadInput(

@@ -19,7 +19,9 @@ def is_id(text: str) -> bool:
     return bool(_ID.fullmatch(text))
 
 
-def fetch(source: str, *, revision: str | None, offline: bool, weights: bool, allow_pickle: bool, small_files: tuple[str, ...]) -> Path:
+def fetch(
+    source: str, *, revision: str | None, offline: bool, weights: bool, allow_pickle: bool, small_files: tuple[str, ...]
+) -> Path:
     """Return the snapshot folder of a hub model in the hub's cache, downloading what is missing.
 
     Args:
@@ -30,7 +32,9 @@ def fetch(source: str, *, revision: str | None, offline: bool, weights: bool, al
         BadInput: no such model or revision; EnvironmentProblem: the hub cannot be reached or does not let us in.
     """
     if revision is not None and not _REVISION.fullmatch(revision):
-        raise BadInput(f"`{revision[:80]}` is not a revision", hint="give a branch, a tag or 40 hex digits", where="model.revision")
+        raise BadInput(
+            f"`{revision[:80]}` is not a revision", hint="give a branch, a tag or 40 hex digits", where="model.revision"
+        )
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -42,7 +46,9 @@ def fetch(source: str, *, revision: str | None, offline: bool, weights: bool, al
             wanted = [name for name in there if name in small_files or (name.endswith(".py") and "/" not in name)]
             if weights:
                 safe = [name for name in there if re.fullmatch(r"model[^/]*\.safetensors", name)]
-                wanted += safe or [name for name in there if allow_pickle and re.fullmatch(r"pytorch_model[^/]*\.(bin|json)", name)]
+                wanted += safe or [
+                    name for name in there if allow_pickle and re.fullmatch(r"pytorch_model[^/]*\.(bin|json)", name)
+                ]
             return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, etag_timeout=TIMEOUT_S))
         failure = there
     try:
@@ -54,7 +60,8 @@ def fetch(source: str, *, revision: str | None, offline: bool, weights: bool, al
         failure += "; not in the cache"
     raise EnvironmentProblem(
         f"{source} is no folder here, and cannot be had from the hub: {failure}",
-        hint="give a local folder" + (", or allow the network (no --offline, HF_HUB_OFFLINE unset)" if offline else ", or try again later"),
+        hint="give a local folder"
+        + (", or allow the network (no --offline, HF_HUB_OFFLINE unset)" if offline else ", or try again later"),
         where="model",
     )
 
@@ -74,7 +81,9 @@ def _ask_hub(source: str, revision: str | None) -> list[str] | str:
 
     def ask() -> None:
         try:
-            outcome.append([f.rfilename for f in HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S).siblings or ()])
+            outcome.append(
+                [f.rfilename for f in HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S).siblings or ()]
+            )
         except Exception as error:  # every network library has its own; the kinds that matter are told apart below
             outcome.append(error)
 
@@ -93,9 +102,13 @@ def _ask_hub(source: str, revision: str | None) -> list[str] | str:
             where="model",
         )  # the library's own message is left out: it may hold request headers
     if isinstance(answer, RevisionNotFoundError):
-        raise BadInput(f"{source} has no revision `{revision}`", hint="check its page on the hub", where="model.revision")
+        raise BadInput(
+            f"{source} has no revision `{revision}`", hint="check its page on the hub", where="model.revision"
+        )
     if isinstance(answer, RepositoryNotFoundError):
-        raise BadInput(f"the hub has no model {source}", hint="check the spelling, or give a local folder", where="model")
+        raise BadInput(
+            f"the hub has no model {source}", hint="check the spelling, or give a local folder", where="model"
+        )
     if isinstance(answer, HfHubHTTPError):
         return f"the hub answered {status}"
     return f"could not reach huggingface.co ({type(answer).__name__})"

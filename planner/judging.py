@@ -17,18 +17,22 @@ def judge(
     baseline: Mapping[str, float],
     measurement: Measurement | None = None,
     estimate: Estimate | None = None,
+    ratios: Mapping[str, Figure] | None = None,
 ) -> tuple[Verdict, ...]:
     """Return one verdict for each budget that is not off: by the measurement if there is one, else by the estimate.
 
     Args:
         baseline: the unchanged model's figures, for relative budgets.
+        ratios: paired ratios to the unchanged model; where there is one, a relative budget is judged by it.
     """
     verdicts = []
     for budget in budgets:
         if budget.level == "off":
             continue
         limit = limit_of(budget, baseline)
-        if measurement is not None:
+        if budget.relative and ratios and budget.metric in ratios:
+            verdicts.append(_of_ratio(budget, ratios[budget.metric]))
+        elif measurement is not None:
             verdicts.append(_of_figure(budget, limit, measurement.figures.get(budget.metric)))
         else:
             verdicts.append(_of_value(budget, limit, estimate.values.get(budget.metric) if estimate else None))
@@ -54,6 +58,15 @@ def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Ve
         )  # fmt: skip
     verdict = statistics.judge(figure, limit, budget.bound, budget.statistic)
     return Verdict(budget=budget, outcome=verdict, limit=limit, figure=figure, sentence=_sentence(budget, verdict, value, low, high, limit))
+
+
+def _of_ratio(budget: Budget, ratio: Figure) -> Verdict:
+    """Judge a relative budget by a paired ratio: what the machine did meanwhile cancels in it."""
+    verdict = _statistics().judge(ratio, budget.value, budget.bound)
+    words = {"met": "is within", "not met": "is beyond", "inconclusive": "cannot be told from"}[verdict]
+    end = "at most" if budget.bound == "max" else "at least"
+    text = f"{budget.label} {ratio.value:.3g}x baseline [{ratio.low:.3g}, {ratio.high:.3g}] {words} {end} {budget.value:.3g}x"
+    return Verdict(budget=budget, outcome=verdict, limit=budget.value, figure=ratio, sentence=text)
 
 
 def _statistics():  # type: ignore[no-untyped-def]

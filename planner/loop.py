@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SHOWN_PREDICTED = 40  # results a predicted-only answer lists
 FINALISTS = 3
+OTHERS = 40  # measurements of other runs that calibration learns from: fitting takes time
 SEARCHES = 2  # before and after the first measurements have corrected the predictions; later rounds price the pool anew
 STOP_GRACE_S = 10.0
 BUILD_SHARE = 0.12  # of the time limit, that building one candidate may be predicted to take
@@ -237,6 +238,7 @@ class Run:
                     self._explore(validator)
                 else:
                     validator.allocations[only[0]] = only[1]
+                    validator.protocol = replace(validator.protocol, blocks=self.spec.check.runs)
                     self.known.before[only[0]] = self._estimate(only[0], None)
                     self._measure(validator, only[0], "the locked plan")
                 self._finals(validator)
@@ -319,11 +321,12 @@ class Run:
     def _finals(self, validator: Validator) -> None:
         """Measure the best few again, in blocks interleaved with the unchanged model."""
         results = [r for r in self._results() if not answering.failed(r)]
-        ranked = answering.mark_front(results, self.spec.objectives)
-        best = answering.recommend(ranked, self.spec.objectives)
-        baseline = next(iter(self.known.records))
-        front = [r.plan for r in ranked if (r.on_front or len(ranked) == 2) and r.plan != baseline]
-        chosen = list(dict.fromkeys([*([best.plan] if best and best.plan != baseline else []), *front]))[:FINALISTS]
+        best = answering.recommend(answering.mark_front(results, self.spec.objectives), self.spec.objectives)
+        # What noise leaves undecided may still win: whatever is not surely beyond a budget takes part.
+        possible = [replace(r, verdicts=()) for r in results if all(v.outcome != "not met" for v in answering.errors(r))]
+        front = [r.plan for r in answering.mark_front(possible or results, self.spec.objectives) if r.on_front or len(results) == 2]
+        baseline = self.baseline
+        chosen = [p for p in dict.fromkeys([*([best.plan] if best else []), *front]) if p != baseline][:FINALISTS]
         if not chosen:
             return
         self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
@@ -388,7 +391,16 @@ class Run:
         from cost_models import calibrate
 
         measured = [r.measurement for r in self.known.good().values()]
-        calibration = calibrate.fit(measured, self.prepared.model, self.spec.workload, self.prepared.hardware) if measured else None
+        mine = {m.key for m in measured}
+        others = [
+            ([r.measurement], r.model, r.workload)
+            for r in self.store.records(self.prepared.hardware.fingerprint)
+            if r.measurement.failure is None and r.measurement.key not in mine
+        ]
+        calibration = None
+        if measured or others:
+            recent = others[-OTHERS:]
+            calibration = calibrate.fit(measured, self.prepared.model, self.spec.workload, self.prepared.hardware, others=recent)
         return problem_of(self.prepared, baseline=self._reference(), calibration=calibration)
 
     def _reference(self) -> dict[str, float]:
@@ -396,15 +408,20 @@ class Run:
         return {name: f.value for name, f in first.measurement.figures.items()} if first else {}
 
     def _results(self) -> list[PlanResult]:
+        from planner.statistics import exact_figure
+
         reference = self._reference()
         results = []
         for plan, record in self.known.records.items():
             artefact = self.folder.artefacts / plan.id
+            ratios = self.known.finalists.get(plan, {})
+            if plan == self.baseline:  # nothing is more equal to the unchanged model than itself
+                ratios = {name: exact_figure(1.0, "the unchanged model itself") for name in record.measurement.figures}
             results.append(
                 PlanResult(
                     plan=plan, estimate=self.known.before.get(plan), measurement=record.measurement,
-                    verdicts=() if record.measurement.failure else judge(self.spec.budgets, baseline=reference, measurement=record.measurement),
-                    finalist=plan in self.known.finalists, ratios=self.known.finalists.get(plan, {}), allocation=record.allocation,
+                    verdicts=() if record.measurement.failure else judge(self.spec.budgets, baseline=reference, measurement=record.measurement, ratios=ratios),
+                    finalist=plan in self.known.finalists, ratios=ratios, allocation=record.allocation,
                     artefact=str(artefact.relative_to(self.folder.path)) if artefact.is_dir() else None,
                 )
             )  # fmt: skip
@@ -466,6 +483,7 @@ class Run:
     # ------------------------------------------------------------ the answer
 
     def _answer(self, *, finished: bool) -> ParetoSet:
+        from cost_models.error_report import error_report
         from planner.study import write_study
 
         spec = self.spec
@@ -484,7 +502,9 @@ class Run:
             rejected=answering.rejections(results, self.prepared.refused, self.infeasible),
             sentence=answering.sentence(best, results, spec.objectives, measured=True),
             conflicts=() if best else answering.nearest(results, spec.budgets),
-            prediction_errors=answering.prediction_errors(self.known.before, [r.measurement for r in self.known.good().values()]),
+            prediction_errors=error_report(
+                (self.known.before[p], r.measurement) for p, r in self.known.good().items() if p in self.known.before
+            ),
             search={
                 "solver": spec.search.solver, "seed": spec.search.seed, "effort": spec.search.effort,
                 "legal_at_most": self.prepared.space.count(), "priced": self.priced_plans,

@@ -18,7 +18,9 @@ probes = Folder("planner.probes", "probe", ("PROBE", "find"))
 
 SCHEMA = 1
 LIGHT = ("linux_cpu", "memory_limits", "energy_counters")  # looked at each time; what the others find is kept
-NOISY_RATIO = 0.25  # rates measured while others used more of the machine than this are measured again once it is quieter
+NOISY_RATIO = (
+    0.25  # rates measured while others used more of the machine than this are measured again once it is quieter
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,11 @@ def find(name: str, store: Path, *, tell: Callable[[str], None] = lambda text: N
     if name.endswith(".json"):
         found = _read(Path(name))
         if found is None:
-            raise BadInput("not a machine profile of this version", hint="make one: leanplan probe --json > machine.json", where=name)
+            raise BadInput(
+                "not a machine profile of this version",
+                hint="make one: leanplan probe --json > machine.json",
+                where=name,
+            )
         return found.hardware
     from cost_models.catalogue import find_machine
 
@@ -90,12 +96,14 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
-    """Return what tells two machines apart, as 16 hex digits: processor, usable cores, memory, GPUs; not the system on it."""
+    """Return what tells two machines apart, as 16 hex digits: processor, usable cores, memory, GPUs; not its system."""
     from planner.probes.accelerators import names
 
     cpu = facts["linux_cpu"]
     memory_gib = round(facts["memory_limits"]["host_bytes"] / 2**30)
-    return digest([cpu["name"], cpu["machine"], cpu["cores"], sorted(cpu["caches_bytes"].items()), memory_gib, names()])[:16]
+    return digest(
+        [cpu["name"], cpu["machine"], cpu["cores"], sorted(cpu["caches_bytes"].items()), memory_gib, names()]
+    )[:16]
 
 
 def _worth_repeating(busy_then: float) -> bool:
@@ -106,10 +114,10 @@ def _read(path: Path) -> Profile | None:
     """Return a saved profile, or None where there is none that this version can use."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("schema", None) != SCHEMA:
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
             return None
         return restore(Profile, data)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None  # absent, damaged or of another version: the machine is measured again
 
 
@@ -133,7 +141,8 @@ def _hardware(facts: Mapping[str, Any], mark: str, taken_at: str) -> Hardware:
     )
     gpus = tuple(
         Device(
-            name=gpu["name"], kind="gpu", memory_bytes=gpu["memory_bytes"], memory_bytes_per_s=gpu["memory_bytes_per_s"],
+            name=gpu["name"], kind="gpu", memory_bytes=gpu["memory_bytes"],
+            memory_bytes_per_s=gpu["memory_bytes_per_s"],
             flop_per_s=gpu["flop_per_s"], busy_w=gpu["busy_w"], features=frozenset({"nvidia"}), source=source,
         )
         for gpu in facts["accelerators"]["gpus"]

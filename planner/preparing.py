@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def prepare(
     from search.space import build_space
 
     only_predict = predict or spec.hardware != "local"
-    hardware = find(spec.hardware, store, tell=tell)
+    hardware = _with_prices(find(spec.hardware, store, tell=tell), spec)
     read = read_model(
         model_source(spec),
         revision=spec.model.revision,
@@ -73,7 +73,7 @@ def prepare(
             hint="shorten workload.prompt_tokens or workload.output_tokens",
             where="workload",
         )
-    names, refused = _engines(spec, predict=only_predict)
+    names, refused = _engines(spec, hardware, predict=only_predict)
     space = build_space(
         model,
         spec.workload,
@@ -95,6 +95,18 @@ def prepare(
     )
 
 
+def _with_prices(hardware: Hardware, spec: Spec) -> Hardware:
+    """Return the machine with the spec's own prices and intensities in place of the defaults."""
+    given = spec.prices
+    return replace(
+        hardware,
+        price_usd_per_h=hardware.price_usd_per_h if given.usd_per_h is None else given.usd_per_h,
+        electricity_usd_per_kwh=hardware.electricity_usd_per_kwh if given.electricity_usd_per_kwh is None else given.electricity_usd_per_kwh,
+        grid_gco2e_per_kwh=hardware.grid_gco2e_per_kwh if given.grid_gco2e_per_kwh is None else given.grid_gco2e_per_kwh,
+        pue=hardware.pue if given.pue is None else given.pue,
+    )
+
+
 def model_source(spec: Spec) -> str:
     """Return the model's folder where there is one beside the spec or here, else the hub id as written."""
     for folder in (Path(spec.folder) / spec.model.source, Path(spec.model.source)):
@@ -103,7 +115,7 @@ def model_source(spec: Spec) -> str:
     return spec.model.source
 
 
-def _engines(spec: Spec, *, predict: bool) -> tuple[tuple[str, ...], tuple[Rejection, ...]]:
+def _engines(spec: Spec, hardware: Hardware, *, predict: bool) -> tuple[tuple[str, ...], tuple[Rejection, ...]]:
     """Return the engines to use, and those left out with the reason.
 
     Raises:
@@ -112,7 +124,10 @@ def _engines(spec: Spec, *, predict: bool) -> tuple[tuple[str, ...], tuple[Rejec
     wanted = spec.engines or engines.names()
     ready, refused = [], []
     for name in wanted:
-        why = None if predict else engines.get(name).find()
+        module = engines.get(name)
+        why = None if predict else module.find()
+        if hardware.device.kind not in module.ENGINE.devices:
+            why = f"it computes on {' or '.join(sorted(module.ENGINE.devices))} only, the model would run on {hardware.device.name}"
         if why:
             refused.append(Rejection(what=name, why=why, kind="engine"))
         else:

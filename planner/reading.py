@@ -10,7 +10,7 @@ import hashlib
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from knowledge_base.types import Model
 from planner import hub
 from planner._safetensors_header import DTYPE_BITS, Stored, non_finite, read_header
 from planner.architectures import FAMILIES, Family, count, is_buffer, part_of
-from planner.config_facts import LONGEST_CONFIG_BYTES, Facts, check_bounds, facts_of, lacks_sizes, read_config, read_json, text_config
+from planner.config_facts import (
+    LONGEST_CONFIG_BYTES,
+    Facts,
+    check_bounds,
+    facts_of,
+    lacks_sizes,
+    read_config,
+    read_json,
+    text_config,
+)
 
 LONGEST_TOKENIZER_BYTES = 256 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20  # larger weight files are sampled
@@ -31,7 +40,8 @@ _TRUST = re.compile(r"(.+)@([0-9a-f]{40})")
 # What a model is made of, besides its weights; everything here counts in the digest.
 _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors.index.json",
+    "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "model.safetensors.index.json",
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _DTYPES = {
@@ -43,7 +53,7 @@ _FORMATS = {name: stored for stored, name in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadResult:
-    """A model's facts, the local folder that holds its weights (None where there are none), and what is worth telling."""
+    """A model's facts, the local folder with its weights (None where there are none), and what is worth telling."""
 
     model: Model
     folder: Path | None
@@ -79,7 +89,9 @@ def read_model(
     config = read_config(config_file)
     files = _files(folder, config_file)
     content = _content_digest(files, config_file)
-    _refuse_foreign_code(config, folder, files, _trusted(trust_remote_code, str(source), name, commit, content), name, content)
+    _refuse_foreign_code(
+        config, folder, files, _trusted(trust_remote_code, str(source), name, commit, content), name, content
+    )
     _refuse_unstartable(config, config_file)
     tensors = _tensors(folder)
     pickled = sorted(p for p in folder.glob("*.bin") if p.name.startswith(("pytorch_model", "model")))
@@ -92,8 +104,9 @@ def read_model(
         )
     if tensors is None and not pickled and weights == "required":
         raise BadInput(
-            "no model.safetensors" + (": a GGUF file is not a model Leanplan can start from" if any(folder.glob("*.gguf")) else ""),
-            hint="a model folder has config.json, *.safetensors and tokenizer.json; for predictions only, add --predict",
+            "no model.safetensors"
+            + (": a GGUF file is not a model Leanplan can start from" if any(folder.glob("*.gguf")) else ""),
+            hint="a model folder has config.json, *.safetensors, tokenizer.json; for predictions only, add --predict",
             where=str(folder),
         )
     language = text_config(config)
@@ -103,7 +116,7 @@ def read_model(
         _refuse_unknown(str(config["model_type"]), config_file)
     check_bounds(language, where=str(config_file))
     described = None
-    if lacks_sizes(language) or (tensors is None and (family is None or nested)):
+    if lacks_sizes(language, family) or (tensors is None and (family is None or nested)):
         described = _describe(config_file, folder, weights=False)
         language = text_config(described.config)
         notes.append("sizes that config.json leaves out were asked of transformers")
@@ -117,7 +130,10 @@ def read_model(
             tied, shapes = described.tied, {n: tuple(s) for n, s in described.parameters.items()}
         else:
             assert family is not None
-            tied, shapes = _tied(config, language, family, has_head=None), family.shapes(family, facts.sizes, language)
+            tied, shapes = (
+                _tied(config, language, family, has_head=None),
+                _expected(family, facts, language, config_file),
+            )
         counts = count(shapes, facts.sizes, tied=tied)
         weight_dtype = _configured_dtype(config, language, config_file)
         weight_bytes = counts["params_total"] * DTYPE_BITS[_FORMATS[weight_dtype]] // 8
@@ -155,7 +171,11 @@ def read_model(
 
 
 def _from_tensors(
-    tensors: Mapping[str, Stored], config: Mapping[str, Any], language: Mapping[str, Any], family: Family | None, facts: Facts
+    tensors: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    language: Mapping[str, Any],
+    family: Family | None,
+    facts: Facts,
 ) -> tuple[bool, dict[str, int], str, int]:
     """Return (tied, counts, most common dtype, bytes) of stored weights; buffers and a tied head's copy left out."""
     shapes = {name: tensor.shape for name, tensor in tensors.items() if not is_buffer(name)}
@@ -173,7 +193,9 @@ def _configured_dtype(config: Mapping[str, Any], language: Mapping[str, Any], wh
     found = next((c[key] for c in (language, config) for key in ("dtype", "torch_dtype") if c.get(key)), "float32")
     name = str(found).removeprefix("torch.")
     if name not in _FORMATS:
-        raise BadInput(f"config.json: unknown dtype `{name[:40]}`", hint=f"one of {', '.join(_FORMATS)}", where=str(where))
+        raise BadInput(
+            f"config.json: unknown dtype `{name[:40]}`", hint=f"one of {', '.join(_FORMATS)}", where=str(where)
+        )
     return name
 
 
@@ -193,8 +215,9 @@ def check_complete(folder: Path) -> None:
         return  # .bin weights: the candidate's loader compares them
     family = FAMILIES.get(config["model_type"])
     check_bounds(text_config(config), where=str(config_file))
-    if family is None or lacks_sizes(config):
-        _raise_disagreement(_describe(config_file, folder, weights=True), folder)
+    if family is None or lacks_sizes(config, family):
+        described = _describe(config_file, folder, weights=True)
+        _refuse_disagreement(described.missing, described.unexpected, described.mismatched, folder)
     else:
         facts = facts_of(config, family, [], where=str(config_file))
         _agree(config, family, facts, {n: t.shape for n, t in tensors.items()}, config_file, folder)
@@ -208,19 +231,32 @@ def check_finite(folder: Path) -> None:
     """
     bad = [entry for path in _weight_files(Path(folder)) for entry in non_finite(path)]
     if bad:
-        shown = ", ".join(f"tensor `{name}` has {count} non-finite value{'s' if count > 1 else ''}" for name, count in bad[:3])
+        shown = ", ".join(
+            f"tensor `{name}` has {count} non-finite value{'s' if count > 1 else ''}" for name, count in bad[:3]
+        )
         more = f", and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
-        raise BadInput(shown + more, hint="the checkpoint is damaged or training diverged; use another one", where=str(folder))
+        raise BadInput(
+            shown + more, hint="the checkpoint is damaged or training diverged; use another one", where=str(folder)
+        )
 
 
 # ---------------------------------------------------------------- where the model is
+
+
+def _local(source: str) -> Path | None:
+    """Return the file or folder of that name, or None; any text may be asked."""
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, no such user's home
+        return None
 
 
 def _locate(
     source: str, revision: str | None, offline: bool, weights: str, allow_pickle: bool, notes: list[str]
 ) -> tuple[Path, Path, str, str | None]:
     """Return (folder, config file, name, commit)."""
-    path = Path(source).expanduser() if source and "\0" not in source else None
+    path = _local(source)
     if path is not None and path.is_file() and path.suffix == ".json" and weights == "optional":
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
         return path.parent, path, name, None
@@ -244,7 +280,12 @@ def _locate(
             where="model",
         )
     folder = hub.fetch(
-        source, revision=revision, offline=offline, weights=weights == "required", allow_pickle=allow_pickle, small_files=_SMALL_FILES
+        source,
+        revision=revision,
+        offline=offline,
+        weights=weights == "required",
+        allow_pickle=allow_pickle,
+        small_files=_SMALL_FILES,
     )
     return folder, folder / "config.json", source.split("/")[-1], folder.name
 
@@ -263,7 +304,9 @@ def _files(folder: Path, config_file: Path) -> list[Path]:
             continue
         target = path.resolve()
         if not target.is_relative_to(inside):
-            raise BadInput(f"refusing to follow a link out of {folder}", hint="copy the file into the folder", where=str(path))
+            raise BadInput(
+                f"refusing to follow a link out of {folder}", hint="copy the file into the folder", where=str(path)
+            )
         if not target.exists() or not stat.S_ISREG(target.stat().st_mode):
             raise BadInput("not a regular file", hint="download or copy the file again", where=str(path))
         files.append(path)
@@ -285,7 +328,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BadInput("no weight_map in it", hint="download the file again", where=str(index))
     for file in set(mapping.values()):
         if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
-            raise BadInput(f"`{str(file)[:80]}` is not the name of a weight file", hint="download the file again", where=str(index))
+            raise BadInput(
+                f"`{str(file)[:80]}` is not the name of a weight file", hint="download the file again", where=str(index)
+            )
     return mapping
 
 
@@ -297,7 +342,9 @@ def _tensors(folder: Path) -> dict[str, Stored] | None:
     tensors: dict[str, Stored] = {}
     for path in files:
         if not path.exists():
-            raise BadInput("named by model.safetensors.index.json, but missing", hint="download the model again", where=str(path))
+            raise BadInput(
+                "named by model.safetensors.index.json, but missing", hint="download the model again", where=str(path)
+            )
         found = read_header(path)
         if twice := found.keys() & tensors.keys():
             raise BadInput(f"tensor `{min(twice)}` is in two files", hint="download the model again", where=str(path))
@@ -305,7 +352,9 @@ def _tensors(folder: Path) -> dict[str, Stored] | None:
     if len(files) > 1 or files[0].name != "model.safetensors":
         listed = _weight_map(folder / "model.safetensors.index.json")
         if missing := sorted(listed.keys() - tensors.keys()):
-            raise BadInput(_listing(missing, "missing from the shards"), hint="download the model again", where=str(folder))
+            raise BadInput(
+                _listing(missing, "missing from the shards"), hint="download the model again", where=str(folder)
+            )
     if not tensors:
         raise BadInput("no tensors in it", hint="download the model again", where=str(files[0]))
     return tensors
@@ -344,7 +393,8 @@ def _trusted(trust: str | None, source: str, name: str, commit: str | None, cont
     found = _TRUST.fullmatch(trust)
     if not found:
         raise BadInput(
-            f"`{trust[:120]}` does not name one version of one model", hint="--trust-remote-code org/name@<40 hex digits>",
+            f"`{trust[:120]}` does not name one version of one model",
+            hint="--trust-remote-code org/name@<40 hex digits>",
             where="--trust-remote-code",
         )  # fmt: skip
     return found[1] in (source, name) and found[2] == (commit or content[:40])
@@ -364,7 +414,9 @@ def _refuse_foreign_code(
     version = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else content[:40]
     kind = str(config.get("model_type"))
     known = kind in FAMILIES or kind in _known_architectures()
-    instead = f"transformers knows `{kind}` itself: take {', '.join(keys)} out of a copy of the folder. Or " if known else ""
+    instead = (
+        f"transformers knows `{kind}` itself: take {', '.join(keys)} out of a copy of the folder. Or " if known else ""
+    )
     raise BadInput(
         f"the model runs its own code ({', '.join(keys)})",
         hint=f"{instead}review that code, then --trust-remote-code {name}@{version}",
@@ -382,7 +434,9 @@ def _refuse_unstartable(config: Mapping[str, Any], where: Path) -> None:
             where=str(where),
         )
     if config.get("is_encoder_decoder"):
-        raise BadInput("an encoder-decoder, not a causal language model", hint="give a decoder-only model", where=str(where))
+        raise BadInput(
+            "an encoder-decoder, not a causal language model", hint="give a decoder-only model", where=str(where)
+        )
 
 
 def _known_architectures() -> frozenset[str]:
@@ -409,7 +463,9 @@ def _refuse_unknown(kind: str, where: Path) -> None:
 # ---------------------------------------------------------------- agreement
 
 
-def _tied(config: Mapping[str, Any], language: Mapping[str, Any], family: Family | None, *, has_head: bool | None) -> bool:
+def _tied(
+    config: Mapping[str, Any], language: Mapping[str, Any], family: Family | None, *, has_head: bool | None
+) -> bool:
     """Return whether input and output share one table; where config.json does not say, the weights or the family do."""
     if has_head is False:
         return True
@@ -420,21 +476,48 @@ def _tied(config: Mapping[str, Any], language: Mapping[str, Any], family: Family
 
 
 def _agree(
-    config: Mapping[str, Any], family: Family, facts: Facts, stored: Mapping[str, tuple[int, ...]], config_file: Path, folder: Path
+    config: Mapping[str, Any],
+    family: Family,
+    facts: Facts,
+    stored: Mapping[str, tuple[int, ...]],
+    config_file: Path,
+    folder: Path,
 ) -> None:
-    """Refuse weights that are not those the family's config describes; where names differ, transformers has the last word."""
+    """Refuse weights that are not those the family's config describes.
+
+    Missing weights and other shapes are certain. Names the family does not have may be older spellings or extras that
+    transformers knows, so it is asked.
+    """
 
     def plain(name: str) -> str:  # without the prefix of the inner model, which some files leave out
         first, _, rest = name.partition(".")
         return rest if first in ("model", "transformer", "backbone", "gpt_neox") else name
 
-    expected = {plain(n): s for n, s in family.shapes(family, facts.sizes, config).items()}
+    expected = _expected(family, facts, config, config_file)
+    names = {plain(n): n for n in (*stored, *expected)}
+    wanted = {plain(n): s for n, s in expected.items()}
     found = {plain(n): s for n, s in stored.items() if not is_buffer(n)}
     heads = {"lm_head.weight", "embed_out.weight"}
     if _tied(config, config, family, has_head=bool(heads & found.keys())):
-        expected, found = ({n: s for n, s in side.items() if n not in heads} for side in (expected, found))
-    if expected != found:
-        _raise_disagreement(_describe(config_file, folder, weights=True), folder)
+        wanted, found = ({n: s for n, s in side.items() if n not in heads} for side in (wanted, found))
+    if found.keys() - wanted.keys():
+        described = _describe(config_file, folder, weights=True)
+        _refuse_disagreement(described.missing, described.unexpected, described.mismatched, folder)
+    else:
+        missing = [names[n] for n in wanted if n not in found]
+        other = [f"{names[n]} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
+        _refuse_disagreement(missing, (), other, folder)
+
+
+def _expected(family: Family, facts: Facts, config: Mapping[str, Any], config_file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        return family.shapes(family, facts.sizes, config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadInput(
+            f"config.json: sizes that make no model ({type(error).__name__}: {error})",
+            hint="mend config.json",
+            where=str(config_file),
+        ) from error
 
 
 def _describe(config_file: Path, folder: Path, *, weights: bool) -> Any:
@@ -450,14 +533,14 @@ def _describe(config_file: Path, folder: Path, *, weights: bool) -> Any:
         return describe(Path(name), weights=False)
 
 
-def _raise_disagreement(described: Any, folder: Path) -> None:
-    problems = []
-    if described.missing:
-        problems.append(_listing(described.missing, "missing"))
-    if described.unexpected:
-        problems.append(_listing(described.unexpected, "left over"))
-    if described.mismatched:
-        problems.append(f"{described.mismatched[0]}" + (f", and {len(described.mismatched) - 1} more" if described.mismatched[1:] else ""))
+def _refuse_disagreement(
+    missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str], folder: Path
+) -> None:
+    problems = [_listing(missing, "missing")] if missing else []
+    if unexpected:
+        problems.append(_listing(unexpected, "left over"))
+    if mismatched:
+        problems.append(mismatched[0] + (f", and {len(mismatched) - 1} more" if mismatched[1:] else ""))
     if problems:
         raise BadInput(
             f"{'; '.join(problems)}: config and weights disagree",
@@ -466,9 +549,9 @@ def _raise_disagreement(described: Any, folder: Path) -> None:
         )
 
 
-def _listing(names: Iterable[str], what: str) -> str:
-    names = list(names)
-    return f"{len(names)} weight{'s' if len(names) > 1 else ''} {what} ({', '.join(n[:120] for n in names[:2])}{', …' if names[2:] else ''})"
+def _listing(names: Sequence[str], what: str) -> str:
+    shown = ", ".join(name[:120] for name in names[:2]) + (", …" if names[2:] else "")
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} {what} ({shown})"
 
 
 def _check_tokenizer(folder: Path, vocab_size: int, rows: int, weights: str, notes: list[str]) -> None:
@@ -477,7 +560,9 @@ def _check_tokenizer(folder: Path, vocab_size: int, rows: int, weights: str, not
     if not present:
         if weights == "required":
             raise BadInput(
-                "no tokenizer", hint="put the model's tokenizer.json into the folder; quality is measured on text", where=str(folder)
+                "no tokenizer",
+                hint="put the model's tokenizer.json into the folder; quality is measured on text",
+                where=str(folder),
             )
         return
     if present[0] == "tokenizer.json":
@@ -485,7 +570,9 @@ def _check_tokenizer(folder: Path, vocab_size: int, rows: int, weights: str, not
         model, added = facts.get("model"), facts.get("added_tokens") or []
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
-            raise BadInput("no vocabulary in it", hint="download the tokenizer again", where=str(folder / "tokenizer.json"))
+            raise BadInput(
+                "no vocabulary in it", hint="download the tokenizer again", where=str(folder / "tokenizer.json")
+            )
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
         ids += [token.get("id") for token in added if isinstance(token, dict)]
     elif present[0] == "vocab.json":
@@ -494,7 +581,9 @@ def _check_tokenizer(folder: Path, vocab_size: int, rows: int, weights: str, not
         notes.append(f"the vocabulary of {present[0]} is compared with the embeddings only when it is loaded")
         return
     if not ids or any(type(i) is not int or i < 0 for i in ids):
-        raise BadInput("token ids are not whole numbers", hint="download the tokenizer again", where=str(folder / present[0]))
+        raise BadInput(
+            "token ids are not whole numbers", hint="download the tokenizer again", where=str(folder / present[0])
+        )
     tokens = max(ids) + 1
     if tokens > rows:
         raise BadInput(

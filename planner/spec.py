@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from knowledge_base.types import Budget, Workload
 from planner import _yaml
 from planner._kinds import (
     NAME,
+    UNSET,
     Choice,
     Entry,
     FilePath,
@@ -32,11 +33,14 @@ from planner._kinds import (
     Section,
     Text,
     Whole,
+    flow,
+    in_place,
     unknown_key,
     wrong,
 )
 from planner._yaml import Node
 
+_WORKLOAD = Workload(prompt_tokens=512, output_tokens=128)  # where a spec says nothing
 DEFAULT_OBJECTIVES = ("tpot_p50", "peak_memory", "quality_loss")
 MOST_OBJECTIVES = 3
 
@@ -122,7 +126,7 @@ class Prices:
 class Spec:
     """A whole spec with every default filled in. Equal for the same spec from a file and from Python.
 
-    `folder` is absolute; `model.source` and `check.against` are told from it, text files are already joined to it.
+    `folder` is absolute once read; `model.source` and `check.against` are told from it, text files are joined to it.
     """
 
     version: int = 1
@@ -130,7 +134,7 @@ class Spec:
     goal: str = "serve"
     model: ModelRef
     hardware: str = "local"
-    workload: Workload
+    workload: Workload = _WORKLOAD
     budgets: tuple[Budget, ...] = ()
     objectives: tuple[str, ...] = DEFAULT_OBJECTIVES
     quality: TextData = TextData()
@@ -141,7 +145,7 @@ class Spec:
     limits: Limits = Limits()
     check: Check = Check()
     prices: Prices = Prices()
-    folder: Path
+    folder: Path = Path()
 
     def path(self, written: str | Path) -> Path:
         """Return a path of the spec joined to the spec's folder."""
@@ -166,12 +170,15 @@ def _metric(node: Node, name: str, *, at_key: bool) -> tuple[Metric, str]:
         return labels()[name]
     near = difflib.get_close_matches(name, labels(), n=1)
     guess = f"; did you mean {units.quote(near[0])}?" if near else ""
-    known = ", ".join(m.label for m in METRICS.values())
-    message = f"unknown metric {units.quote(name)}{guess}"
-    for statistic in STATISTICS:
-        if labels().get(name.removesuffix(f"_{statistic}"), (None,))[0] is not None and name.endswith(f"_{statistic}"):
-            message = f"{units.quote(name)}: {name.removesuffix(f'_{statistic}')} is one number, it has no {statistic}"
-    raise node.error(message, hint=f"metrics: {known}; most take _p50, _p95 or _mean (leanplan ls metrics)", at_key=at_key)
+    label, _, statistic = name.rpartition("_")
+    if label in labels() and statistic in STATISTICS:
+        raise node.error(f"{label} is one number, it has no {statistic}", hint=f"write {label}", at_key=at_key)
+    known = ", ".join(f"{m.label}_p50" if m.sampled else m.label for m in METRICS.values())
+    raise node.error(
+        f"unknown metric {units.quote(name)}{guess}",
+        hint=f"metrics: {known}; also _p95 and _mean for _p50 (leanplan ls metrics)",
+        at_key=at_key,
+    )
 
 
 def _label(metric: Metric, statistic: str) -> str:
@@ -196,24 +203,30 @@ class ObjectiveKind:
         return {"enum": list(labels())}
 
 
+_LENGTH = Whole()
+
+
 @dataclass(frozen=True)
 class PromptKind:
     """One prompt length, or its median and 95th percentile. The value is (p50, p95 or None)."""
 
     words: str = "a whole number, or {p50: 512, p95: 2048}"
-    length: Whole = Whole()
 
     def read(self, node: Node) -> tuple[int, int | None]:
         if node.type != "mapping":
-            return self.length.read(node), None
+            return _LENGTH.read(node), None
         for name, child in node.content.items():
             if name not in ("p50", "p95"):
                 raise unknown_key(child, ("p50", "p95"))
         if "p50" not in node.content or "p95" not in node.content:
-            raise node.error(f"{node.name} needs both p50 and p95", hint="write {p50: 512, p95: 2048}, or one whole number")
-        p50, p95 = (self.length.read(node.content[n]) for n in ("p50", "p95"))
+            raise node.error(
+                f"{node.name} needs both p50 and p95", hint="write {p50: 512, p95: 2048}, or one whole number"
+            )
+        p50, p95 = (_LENGTH.read(node.content[n]) for n in ("p50", "p95"))
         if p95 < p50:
-            raise node.content["p95"].error(f"p95 ({p95}) is below p50 ({p50})", hint="p95 is the longer: exchange the two")
+            raise node.content["p95"].error(
+                f"p95 ({p95}) is below p50 ({p50})", hint="p95 is the longer: exchange the two"
+            )
         return p50, p95
 
     def write(self, value: tuple[int, int | None]) -> Any:
@@ -221,9 +234,9 @@ class PromptKind:
         return p50 if p95 is None else {"p50": p50, "p95": p95}
 
     def schema(self) -> dict[str, Any]:
-        pair = {name: self.length.schema() for name in ("p50", "p95")}
+        pair = {name: _LENGTH.schema() for name in ("p50", "p95")}
         mapping = {"type": "object", "properties": pair, "required": ["p50", "p95"], "additionalProperties": False}
-        return {"anyOf": [self.length.schema(), mapping]}
+        return {"anyOf": [_LENGTH.schema(), mapping]}
 
 
 _RELATIVE = re.compile(rf"\s*({units.NUMBER})\s*x\s+baseline\s*")
@@ -246,6 +259,7 @@ class LimitKind:
         return Quantity(self.metric.dimension).words + (", or 0.8x baseline" if self.relative else "")
 
     def read(self, node: Node) -> tuple[float, bool]:
+        field = ".".join(node.path[1:2]) or node.name
         if node.type == "string" and "baseline" in node.content:
             match = _RELATIVE.fullmatch(node.content)
             if not self.relative:
@@ -254,13 +268,13 @@ class LimitKind:
                 )
             if not match:
                 raise node.error(f"{node.found} is not a share of the baseline", hint="write 0.8x baseline")
-            return units.parse(match[1], "number", field=node.name), True
+            return in_place(node, lambda: units.parse(match[1], "number", field=field)), True
         if node.type == "string" and "%" in node.content and self.metric.dimension != "ratio":
             raise node.error(
-                f"{node.found} of what? {node.name} needs {Quantity(self.metric.dimension).words}",
+                f"{node.found} of what? {field} needs {Quantity(self.metric.dimension).words}",
                 hint="a share of what the unchanged model needs is written 0.5x baseline",
             )
-        return Quantity(self.metric.dimension).read(node), False
+        return Quantity(self.metric.dimension).read(node, field), False
 
     def write(self, value: tuple[float, bool]) -> str:
         number, relative = value
@@ -273,9 +287,15 @@ class LimitKind:
         return {"anyOf": [*plain.get("anyOf", [plain]), {"type": "string", "pattern": _RELATIVE_SCHEMA}]}
 
 
+def example_limit(metric: Metric) -> str:
+    """Return a limit of a size such a metric has: `50 ms`."""
+    likely = {"latency": "5 s", "build_time": "10 min", "agreement": "95 %", "kl_divergence": "0.05"}
+    return likely.get(metric.label, units.DIMENSIONS[metric.dimension].examples[0])
+
+
 _LEVEL = Choice(("error", "warn", "off"))
 _SOURCE = Choice(("measured", "any"))
-_HELDOUT = FilePath("the path of a text file")
+_TEXT_FILE = FilePath("the path of a text file")
 _HOURLY = Quantity("price_per_hour")
 
 
@@ -298,7 +318,7 @@ class BudgetsKind:
         """Return the keys the limits of a metric may have."""
         more: dict[str, Kind] = {"at": _HOURLY} if metric.label == "cost" else {}
         if metric.resource == "quality":
-            more["data"] = _HELDOUT
+            more["data"] = _TEXT_FILE
         if metric.label == "quality_loss":
             more["metric"] = Choice(("perplexity",))
         return {"max": LimitKind(metric), "min": LimitKind(metric), "level": _LEVEL, "source": _SOURCE, **more}
@@ -317,16 +337,19 @@ class BudgetsKind:
             label = _label(metric, statistic)
             if before := lines.get(label):
                 at = f" on line {before.line}" if before.line else ""
-                raise child.error(f"{name} is the same as {before.path[-1]}, given{at}", hint="keep one of the two", at_key=True)
+                raise child.error(
+                    f"{name} is the same as {before.path[-1]}, given{at}", hint="keep one of the two", at_key=True
+                )
             lines[label] = child
             budgets += self._limits(child, metric, statistic)
             if child.type == "mapping" and (at_node := child.content.get("at")):
                 price = _HOURLY.read(at_node), at_node
             if child.type == "mapping" and (data := child.content.get("data")):
-                path = _HELDOUT.read(data)
+                path = _TEXT_FILE.read(data)
                 if heldout and heldout[0] != path:
                     raise data.error(
-                        f"held-out text is {units.quote(str(heldout[0]))} in another budget already", hint="give it once: quality.data"
+                        f"held-out text is {units.quote(str(heldout[0]))} in another budget already",
+                        hint="give it once: quality.data",
                     )
                 heldout = path, data
         return BudgetsRead(tuple(budgets), price, heldout)
@@ -336,10 +359,20 @@ class BudgetsKind:
         if node.type in ("string", "number"):
             value, relative = LimitKind(metric).read(node)
             text, line = str(node.content).strip(), node.line
-            return [Budget(metric=metric.name, statistic=statistic, bound=good, value=value, relative=relative, text=text, line=line)]
-        example = f"{node.name.split('.')[-1]}: {{{good}: {units.DIMENSIONS[metric.dimension].examples[0]}}}"
+            return [
+                Budget(
+                    metric=metric.name,
+                    statistic=statistic,
+                    bound=good,
+                    value=value,
+                    relative=relative,
+                    text=text,
+                    line=line,
+                )
+            ]
+        example = f"{node.path[-1]}: {{{good}: {example_limit(metric)}}}"
         if node.type != "mapping":
-            raise node.error(f"{node.name} needs a limit, got {node.found}", hint=f"write {example}")
+            raise node.error(f"{node.path[-1]} needs a limit, got {node.found}", hint=f"write {example}")
         kinds = self.keys(metric)
         read: dict[str, Any] = {}
         for name, child in node.content.items():
@@ -348,9 +381,9 @@ class BudgetsKind:
             read[name] = kinds[name].read(child)
         bounds = {bound: read[bound] for bound in ("max", "min") if bound in read}
         if not bounds:
-            raise node.error(f"{node.name} has neither max nor min", hint=f"write {example}")
+            raise node.error(f"{node.path[-1]} has neither max nor min", hint=f"write {example}")
         if len(bounds) == 2 and bounds["min"][1] == bounds["max"][1] and bounds["min"][0] > bounds["max"][0]:
-            raise node.error(f"{node.name}: min is above max", hint="exchange the two, or keep one")
+            raise node.error(f"{node.path[-1]}: min is above max", hint="exchange the two, or keep one")
         return [
             Budget(
                 metric=metric.name, statistic=statistic, bound=bound, value=value, relative=relative,
@@ -406,18 +439,13 @@ def _gather_techniques(values: dict[str, Any], node: Node) -> dict[str, Any]:
     return values
 
 
-def _gather_calibration(values: dict[str, Any], node: Node) -> dict[str, Any]:
-    if values["data"] is None:
-        raise node.error("calibration has no data", hint="calibration: {data: calib.txt}, or leave calibration out")
-    return values
-
-
 def _gather_model(values: dict[str, Any], node: Node) -> dict[str, Any]:
     source = values["source"]
     child = node.content["source"] if node.type == "mapping" else node
     if "://" in source or source.startswith("-") or source != source.strip():
         raise child.error(
-            f"{units.quote(source)} is not a model folder or hub id", hint="give a folder with config.json, or an id like org/name"
+            f"{units.quote(source)} is not a model folder or hub id",
+            hint="give a folder with config.json, or an id like org/name",
         )
     return values
 
@@ -438,7 +466,7 @@ def _gather_spec(values: dict[str, Any], node: Node) -> dict[str, Any]:
         if not any(budget.level != "off" for budget in read.budgets):
             raise node.error(
                 "nothing to decide: the spec has no budgets and no objectives",
-                hint="give at least one budget, e.g. budgets: {peak_memory: 2 GiB}, or objectives: [tpot_p50, peak_memory]",
+                hint="give at least one budget, e.g. budgets: {peak_memory: 2 GiB}, or objectives: [tpot_p50]",
             )
         values["objectives"] = DEFAULT_OBJECTIVES
     return {**values, "budgets": read.budgets}
@@ -461,7 +489,13 @@ MODEL = Section(
     ModelRef,
     (
         Key("source", Text("a folder, or a hub id such as org/name"), "the model", example="models/tiny-lm"),
-        Key("revision", Text("40 hex digits", shape="^[0-9a-fA-F]{40}$"), "commit of the hub repository", absent="the newest"),
+        Key(
+            "revision",
+            Text("40 hex digits", shape="^[0-9a-fA-F]{40}$"),
+            "commit of the hub repository",
+            absent="the newest",
+            example="0123456789abcdef0123456789abcdef01234567",
+        ),
     ),
     shorthand="source",
     gather=_gather_model,
@@ -469,29 +503,51 @@ MODEL = Section(
 WORKLOAD = Section(
     Workload,
     (
-        Key("prompt_tokens", PromptKind(), "tokens of a prompt", default=(512, None)),
-        Key("output_tokens", Whole(), "tokens generated for each request", default=128),
+        Key("prompt_tokens", PromptKind(), "tokens of a prompt", default=(_WORKLOAD.prompt_tokens, None)),
+        Key("output_tokens", Whole(), "tokens generated for each request", default=_WORKLOAD.output_tokens),
         Key("concurrency", Whole(most=4096), "requests served at once"),
-        Key("arrival_rate", Quantity("requests"), "requests that arrive", attribute="requests_per_s", absent="back to back"),
+        Key(
+            "arrival_rate",
+            Quantity("requests"),
+            "requests that arrive",
+            attribute="requests_per_s",
+            absent="back to back",
+        ),
     ),
     gather=_gather_workload,
     spread=_spread_workload,
 )
-QUALITY = Section(TextData, (Key("data", _HELDOUT, "held-out text that quality is measured on", absent="text that ships with leanplan"),))
+QUALITY = Section(
+    TextData,
+    (
+        Key(
+            "data",
+            _TEXT_FILE,
+            "held-out text that quality is measured on",
+            absent="text that ships with leanplan",
+            example="heldout.txt",
+        ),
+    ),
+)
 CALIBRATION = Section(
     TextData,
     (
-        Key("data", FilePath("the path of a text file"), "text for calibration and recovery; must not overlap the held-out text"),
-        Key("samples", Whole(most=100_000), "windows of it to use", absent="64"),
+        Key(
+            "data",
+            _TEXT_FILE,
+            "text for calibration and recovery; must not overlap the held-out text",
+            required=True,
+            example="calib.txt",
+        ),
+        Key("samples", Whole(most=100_000), "windows of it to use", absent="64", example="64"),
     ),
     shorthand="data",
-    gather=_gather_calibration,
 )
 TECHNIQUES = Section(
     TechniqueFilter,
     (
-        Key("only", ListOf(_TECHNIQUE), "use these alone", absent="all"),
-        Key("without", ListOf(_TECHNIQUE), "do not use these", absent="none"),
+        Key("only", ListOf(_TECHNIQUE), "use these alone", absent="all", example="[weight_int8, weight_int4]"),
+        Key("without", ListOf(_TECHNIQUE), "do not use these", absent="none", example="[torch_compile]"),
     ),
     gather=_gather_techniques,
 )
@@ -499,9 +555,9 @@ SEARCH = Section(
     SearchEffort,
     (
         Key("effort", Choice(tuple(_EFFORT_TIME_S)), "how hard to try"),
-        Key("time_limit", Quantity("time"), "wall time of everything", attribute="time_limit_s",
+        Key("time_limit", Quantity("time"), "wall time of everything", attribute="time_limit_s", example="10 min",
             absent="by effort: " + ", ".join(f"{e} {units.format(s, 'time')}" for e, s in _EFFORT_TIME_S.items())),
-        Key("max_measured", Whole(most=100_000), "plans to measure at most",
+        Key("max_measured", Whole(most=100_000), "plans to measure at most", example="12",
             absent="by effort: " + ", ".join(f"{e} {n}" for e, n in _EFFORT_MEASURED.items())),
         Key("seed", Whole(least=0), "seed of every random choice"),
         Key("solver", Entry("solver", _solver_names), "how plans are proposed"),
@@ -510,7 +566,13 @@ SEARCH = Section(
 LIMITS = Section(
     Limits,
     (
-        Key("memory", Quantity("bytes", whole=True), "memory of one candidate", attribute="memory_bytes", absent="all this machine allows"),
+        Key(
+            "memory",
+            Quantity("bytes", whole=True),
+            "memory of one candidate",
+            attribute="memory_bytes",
+            absent="all this machine allows",
+        ),
         Key("time_per_candidate", Quantity("time"), "wall time of one candidate", attribute="time_per_candidate_s"),
         Key("disk", Quantity("bytes", whole=True), "what one candidate may write", attribute="disk_bytes"),
     ),
@@ -518,7 +580,12 @@ LIMITS = Section(
 CHECK = Section(
     Check,
     (
-        Key("regression", Quantity("ratio"), "how much worse than the lock file is still no regression", attribute="regression_ratio"),
+        Key(
+            "regression",
+            Quantity("ratio"),
+            "how much worse than the lock file is still no regression",
+            attribute="regression_ratio",
+        ),
         Key("runs", Whole(most=10_000), "interleaved repetitions to judge by"),
         Key("against", FilePath("a file beside or below the spec", inside=True), "the committed lock file"),
     ),
@@ -527,26 +594,48 @@ PRICES = Section(
     Prices,
     (
         Key("machine", _HOURLY, "price of the machine", attribute="usd_per_h", absent="the catalogue's"),
-        Key("electricity", Quantity("price_per_kwh"), "price of electricity", attribute="electricity_usd_per_kwh", absent="the catalogue's"),
-        Key("carbon", Quantity("carbon_per_kwh"), "carbon intensity of the grid", attribute="grid_gco2e_per_kwh", absent="the catalogue's"),
-        Key("pue", Number(1, 10), "power usage effectiveness of the building: total energy / computing energy", absent="the catalogue's"),
+        Key(
+            "electricity",
+            Quantity("price_per_kwh"),
+            "price of electricity",
+            attribute="electricity_usd_per_kwh",
+            absent="the catalogue's",
+        ),
+        Key(
+            "carbon",
+            Quantity("carbon_per_kwh"),
+            "carbon intensity of the grid",
+            attribute="grid_gco2e_per_kwh",
+            absent="the catalogue's",
+        ),
+        Key(
+            "pue",
+            Number(1, 10),
+            "power usage effectiveness of the building: total energy / computing energy",
+            absent="the catalogue's",
+            example="1.2",
+        ),
     ),
 )
 SPEC = Section(
     Spec,
     (
         Key("version", Whole(most=1), "version of this format"),
-        Key("name", NAME, "what to call this in reports", absent="none"),
+        Key("name", NAME, "what to call this in reports", absent="none", example="my-plan"),
         Key("goal", Choice(("serve",), refused=_LATER), "what the model is for"),
         Key("model", MODEL, "the model to fit", example="models/tiny-lm"),
-        Key("hardware", Text("local, or a name of `leanplan ls machines`"), "the machine; anything but local is predicted, not measured"),
-        Key("workload", WORKLOAD, "what the model is asked to do", default=None),
-        Key("budgets", BudgetsKind(), "limits that must hold", default=BudgetsRead()),
-        Key("objectives", ListOf(ObjectiveKind(), most=MOST_OBJECTIVES), "what to be best at, the most important first", default=None,
-            absent=", ".join(DEFAULT_OBJECTIVES)),
+        Key("hardware", Text("local, or a name of `leanplan ls machines`"),
+            "the machine; anything but local is predicted, not measured"),
+        Key("workload", WORKLOAD, "what the model is asked to do"),
+        Key("budgets", BudgetsKind(), "limits that must hold", default=BudgetsRead(), absent="none"),
+        Key("objectives", ListOf(ObjectiveKind(), most=MOST_OBJECTIVES),
+            "what to be best at, the most important first", default=None,
+            absent=f"[{', '.join(DEFAULT_OBJECTIVES)}]", example=f"[{', '.join(DEFAULT_OBJECTIVES)}]"),
         Key("quality", QUALITY, "how quality is measured"),
-        Key("calibration", CALIBRATION, "text for techniques that calibrate", absent="techniques that need it are left out"),
-        Key("engines", ListOf(_ENGINE), "engines to consider", absent="all that run here"),
+        Key("calibration", CALIBRATION, "text for techniques that calibrate",
+            absent="techniques that need it are left out"),
+        Key("engines", ListOf(_ENGINE), "engines to consider", absent="all that run here",
+            example="[transformers, llama_cpp]"),
         Key("techniques", TECHNIQUES, "techniques to consider", absent="all"),
         Key("search", SEARCH, "how hard to try"),
         Key("limits", LIMITS, "what one candidate may use"),
@@ -600,34 +689,39 @@ def from_mapping(data: Mapping[str, Any], folder: str | Path | None = None) -> S
 
 def spec_of(node: Node, folder: Path) -> Spec:
     """Return the spec that nodes describe; `folder` is absolute."""
-    if node.type == "mapping" and (version := node.content.get("version")) and version.type == "number":
-        if re.fullmatch(r"[0-9]+", version.content) and version.content != "1":
-            raise version.error(
-                f"version {version.content} of the spec format is not known to this leanplan", hint="write version: 1, or upgrade leanplan"
-            )
+    version = _at(node, "version")
+    if version is not node and re.fullmatch(r"[0-9]+", str(version.content)) and version.content != "1":
+        raise version.error(
+            f"version {version.content} of the spec format is not known here",
+            hint="write version: 1, or upgrade leanplan",
+        )
+    spec: Spec = SPEC.read(node)
 
-    def placed(values: dict[str, Any], at: Node) -> dict[str, Any]:
-        gathered = _gather_spec(values, at)
-        for name in ("quality", "calibration"):
-            if gathered[name] is not None and gathered[name].data is not None:
-                gathered[name] = replace(gathered[name], data=folder / gathered[name].data)
-        workload = gathered["workload"] or WORKLOAD.read(Node(("workload",), "null", ""))
-        return {**gathered, "workload": workload, "folder": folder}
+    def placed(text: TextData) -> TextData:
+        return replace(text, data=folder / text.data) if text.data else text
 
-    return replace(SPEC, gather=placed).read(node)
+    calibration = placed(spec.calibration) if spec.calibration else None
+    return replace(spec, folder=folder, quality=placed(spec.quality), calibration=calibration)
 
 
 def as_mapping(spec: Spec) -> dict[str, Any]:
     """Return a spec as a mapping that `from_mapping` turns back into the same spec, every default written out."""
 
     def near(text: TextData | None) -> TextData | None:
-        inside = text is not None and text.data is not None and text.data.is_relative_to(spec.folder)
-        return replace(text, data=text.data.relative_to(spec.folder)) if inside else text  # type: ignore[union-attr, type-var]
+        if text is None or text.data is None or not text.data.is_relative_to(spec.folder):
+            return text
+        return replace(text, data=text.data.relative_to(spec.folder))
 
     values = {key.target: getattr(spec, key.target) for key in SPEC.keys}
-    values |= {"budgets": BudgetsRead(spec.budgets), "quality": near(spec.quality), "calibration": near(spec.calibration)}
-    written = {key.name: key.kind.write(values[key.target]) for key in SPEC.keys if values[key.target] is not None}
-    return {name: value for name, value in written.items() if value not in ({}, [])}
+    values |= {
+        "budgets": BudgetsRead(spec.budgets),
+        "quality": near(spec.quality),
+        "calibration": near(spec.calibration),
+    }
+    written = {
+        key.name: key.kind.write(values[key.target]) for key in SPEC.keys if values[key.target] not in (None, ())
+    }
+    return {name: value for name, value in written.items() if value != {}}
 
 
 def as_yaml(spec: Spec) -> str:
@@ -658,7 +752,10 @@ def check_files(spec: Spec, node: Node) -> list[str]:
             at = next((d for b in _at(node, "budgets").content.values() if (d := _at(b, "data")) is not b), node)
         if not text.data.is_file():
             what = "is a folder" if text.data.is_dir() else "not found"
-            raise at.error(f"{name}.data: {units.quote(str(text.data))} {what}", hint="give the path of a text file, from the spec's folder")
+            raise at.error(
+                f"{name}.data: {units.quote(str(text.data), 400)} {what}",
+                hint="give the path of a text file, from the spec's folder",
+            )
         remarks.append(f"{name} text: {text.data}")
     if spec.hardware != "local":
         from cost_models.catalogue import find_machine
@@ -677,11 +774,15 @@ def _check_model(spec: Spec, at: Node) -> str:
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise at.error(
-                    f"no config.json in {units.quote(source)}", hint="a model folder has config.json, *.safetensors, tokenizer.json"
+                    f"no config.json in {units.quote(source, 400)}",
+                    hint="a model folder has config.json, *.safetensors, tokenizer.json",
                 )
             return f"model: folder {folder}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", source):
-        raise at.error(f"{units.quote(source)} is not a folder here, nor a hub id", hint="give a folder with config.json, or an id like org/name")
+        raise at.error(
+            f"{units.quote(source)} is not a folder here, nor a hub id",
+            hint="give a folder with config.json, or an id like org/name",
+        )
     return f"model: hub id {source} (no such folder beside the spec), fetched when it is needed"
 
 
@@ -692,3 +793,73 @@ def _at(node: Node, *path: str) -> Node:
             return node
         node = node.content[step]
     return node
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """Return (key, what it is, what it may be, what leaving it out means) for every key, sections dotted."""
+    return list(_rows(SPEC, ""))
+
+
+def _rows(section: Section, above: str) -> Iterator[tuple[str, str, str, str]]:
+    for key in section.keys:
+        name = above + key.name
+        if isinstance(key.kind, Section):
+            yield from _rows(key.kind, f"{name}.")
+        else:
+            yield name, key.about, key.kind.words, section.default_text(key)
+
+
+def template(model: str) -> str:
+    """Return a commented spec for a model: every key, those that may be left out commented out with their meaning."""
+    lines = [
+        "# What this file may say: leanplan help spec. Whether it is right: leanplan validate. Run it: leanplan plan.",
+        "# yaml-language-server: $schema=.leanplan/spec.schema.json",
+    ]
+    for key in SPEC.keys:
+        active = key.name in ("version", "model", "budgets")
+        if key.name == "budgets":
+            lines += _budget_lines()
+        elif isinstance(key.kind, Section):
+            lines.append(_line(f"{key.name}:", key.about, active=active))
+            for inner in key.kind.keys:
+                given = key.kind.default(inner) is UNSET
+                value = model if (key.name, inner.name) == ("model", "source") else _template_value(key.kind, inner)
+                lines.append(_line(f"  {inner.name}: {value}", _meaning(key.kind, inner), active=active and given))
+        else:
+            lines.append(_line(f"{key.name}: {_template_value(SPEC, key)}", _meaning(SPEC, key), active=active))
+    return "\n".join(lines) + "\n"
+
+
+def _budget_lines() -> list[str]:
+    lines = [
+        _line(
+            "budgets:",
+            'max or min; level: error (default), warn or "off"; 0.8x baseline: a share of the unchanged model\'s',
+            active=True,
+        )
+    ]
+    for metric in METRICS.values():
+        bound = "max" if metric.better == "lower" else "min"
+        value = "5 %" if metric.label == "quality_loss" else example_limit(metric)
+        label = _label(metric, "p50")
+        lines.append(_line(f"  {label}: {{{bound}: {value}}}", metric.summary, active=metric.label == "quality_loss"))
+    return lines
+
+
+def _template_value(section: Section, key: Key) -> str:
+    if key.example:
+        return key.example
+    default = section.default(key)
+    if default not in (UNSET, None, ()):
+        return flow(key.kind.write(default))
+    return units.DIMENSIONS[key.kind.dimension].examples[0] if isinstance(key.kind, Quantity) else ""
+
+
+def _meaning(section: Section, key: Key) -> str:
+    choices = f": {key.kind.words}" if isinstance(key.kind, Choice | Text) and key.name != "name" else ""
+    absent = "" if section.default(key) is UNSET else f" (default: {section.default_text(key)})"
+    return f"{key.about}{choices}{absent}"
+
+
+def _line(text: str, comment: str, *, active: bool) -> str:
+    return f"{'' if active else '# '}{text}".ljust(44) + f" # {comment}"

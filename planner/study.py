@@ -50,6 +50,6 @@ def write_study(path: Path, answer: ParetoSet) -> None:
             )
             study.add_trial(trial)
         study._storage.remove_session()
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text files as tokens: read with care, tokenised without transformers, compared so that nothing is judged on what it saw."""
+"""Text files as tokens: read with care, tokenised without transformers, compared so that no test text was learnt."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_text(path: str | Path) -> str:
     """Return a text file's content. A byte order mark is dropped, CRLF becomes LF. Read in blocks, refused early.
 
     Raises:
-        BadInput: not found, not a regular file, empty, longer than 32 MiB, compressed, binary, not UTF-8 (with the line),
-            or one line over and over.
+        BadInput: not found, not a regular file, empty, longer than 32 MiB, compressed, binary, not UTF-8 (with the
+            line), or one line over and over.
     """
     path = Path(path)
     try:
@@ -39,7 +39,9 @@ def read_text(path: str | Path) -> str:
     if not lines:
         raise BadInput(f"{path.name} has 0 samples: the file is empty", hint="give a file with text", where=str(path))
     if len(lines) > 1 and len(set(lines)) == 1:
-        raise BadInput(f"one line, {len(lines)} times over: nothing can be judged on it", hint="give real text", where=str(path))
+        raise BadInput(
+            f"one line, {len(lines)} times over: nothing can be judged on it", hint="give real text", where=str(path)
+        )
     return text
 
 

@@ -66,7 +66,12 @@ def make_tiny_model(
 
     settings = _settings(architecture, hidden_size, layers, context_tokens)
     config = AutoConfig.for_model(
-        architecture.removesuffix("_untied"), vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **settings
+        architecture.removesuffix("_untied"),
+        vocab_size=vocab_size,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -147,7 +147,7 @@ class Validator:
         """
         chosen, used = [baseline], _peak(records[baseline])
         for plan in plans:
-            if used + _peak(records[plan]) <= self.spec.limits.memory_bytes:
+            if used + _peak(records[plan]) <= self._limits().memory_bytes:
                 chosen.append(plan)
                 used += _peak(records[plan])
         protocol = replace(self.protocol, blocks_s=max(5.0, min(self.protocol.blocks_s, time_left_s - 10.0)))
@@ -238,10 +238,10 @@ class Validator:
         )
 
     def _read_s(self, plan: Plan) -> float:
-        """Return the least time one read of the layers' weights takes: no decode step can be faster. 0 when unknown."""
-        from cost_models.demand import chains
+        """Return the least time one read of the weights takes: no decode step can be faster. 0 when unknown."""
+        from cost_models.demand import chains, step_read_bytes
 
-        read_bytes = float(chains(self.model, self.spec.workload).node(plan).demand.linear_bytes)
+        read_bytes = float(step_read_bytes(chains(self.model, self.spec.workload).node(plan).demand))
         fastest = self.hardware.device.memory_bytes_per_s
         # Half again as fast as was measured: the probe need not have found the machine at its best.
         return read_bytes / (1.5 * fastest) if read_bytes > CACHES and fastest else 0.0

@@ -2,7 +2,7 @@
 
 A multiple-choice knapsack, with measured sensitivities s and stored bytes b of matrix m at option o:
 
-    minimise sum s[m, o] x[m, o]   subject to   sum b[m, o] x[m, o] <= budget,   sum over o of x[m, o] = 1,   x in {0, 1}
+    minimise sum s[m, o] x[m, o]  subject to  sum b[m, o] x[m, o] <= budget,  sum over o of x[m, o] = 1,  x in {0, 1}
 
 Losses are added up, as in HAWQ-V2 (arXiv:1911.03852): how errors of two matrices interact is left out.
 """
@@ -60,8 +60,11 @@ def allocate_bits(
     smallest = sum(choices[0][1] for choices in options.values())
     if smallest > budget:
         raise NoFeasiblePlan(
-            f"no allocation fits {budget} bytes: every matrix at its smallest takes {smallest}, short by {smallest - budget}",
-            hint=f"allow at least {8 * smallest / weights:.2f} bits for each weight" if weights else f"allow {smallest} bytes",
+            f"no allocation fits {budget} bytes: every matrix at its smallest takes {smallest}, "
+            f"short by {smallest - budget}",
+            hint=f"allow at least {8 * smallest / weights:.2f} bits for each weight"
+            if weights
+            else f"allow {smallest} bytes",
         )
     chosen, status = _solve(options, budget, time_limit_s)
     size = sum(int(sensitivities[m][str(b)]["bytes"]) for m, b in chosen.items())
@@ -124,7 +127,7 @@ def _solve(
         raise EnvironmentProblem(
             f"the solver found no allocation in {time_limit_s:g} s", hint="give it more time, or allow more bytes"
         )
-    chosen = {m: choices[max(range(len(choices)), key=lambda i: take[m, i].value())] for m, choices in options.items()}  # noqa: B023
+    chosen = {m: choices[max(range(len(choices)), key=lambda i: take[m, i].value())] for m, choices in options.items()}
     optimal = problem.sol_status == pulp.LpSolutionOptimal
     assert sum(size for _, size, _ in chosen.values()) <= budget
     return {m: bits for m, (bits, _, _) in chosen.items()}, "optimal" if optimal else "best in time"

@@ -128,11 +128,15 @@ def _settings(
     """Return a technique's legal knob settings as steps, and one refusal for each reason a setting was illegal."""
     knobs = module.TECHNIQUE.knobs
     legal = getattr(module, "legal", lambda *_: None)
-    steps, reasons = [], {}
+    steps: list[Step] = []
+    reasons: dict[str, Step] = {}
     for values in itertools.product(*(choice.options for choice in knobs.values())):
         setting = dict(zip(knobs, values))
         if why := legal(setting, model, workload, hardware):
             reasons.setdefault(why, Step(name, setting))
         else:
             steps.append(Step(name, setting))
-    return tuple(steps), [Refusal(what=str(step), why=why, kind="rule") for why, step in reasons.items()]
+    refused = [Refusal(what=str(step), why=why, kind="rule") for why, step in reasons.items()]
+    if len(refused) > 2:  # the same in other numbers: one example says it
+        refused = [Refusal(what=f"{len(refused)} settings of {name}", why=f"for example {refused[0].what}: {refused[0].why}", kind="rule")]
+    return tuple(steps), refused

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".leanplan" / "training"
 MODELS = ROOT / "models"
-TEXTS = ROOT / "models" / "tiny-lm-text"
+TEXTS = ROOT / "knowledge_base" / "data" / "texts"
 SKIP_FOLDERS = {"site-packages", "ensurepip", "__pycache__"}
 TRAIN_ONLY = {"test", "tests", "idlelib", "lib2to3", "turtledemo"}  # absent from some installations
 VOCAB_SIZE = 4096
@@ -145,7 +145,12 @@ def unigram_loss(train, ids) -> float:
     return float(-(counts / counts.sum()).log()[ids].mean())
 
 
-def train(name: str, minutes: float, threads: int) -> None:
+def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
+    """Train for so many minutes and write the model, its tokenizer and training.json.
+
+    Args:
+        go_on: start from the model that is there, in the second half of the schedule, instead of from scratch.
+    """
     import numpy
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,7 +162,9 @@ def train(name: str, minutes: float, threads: int) -> None:
         bos_token_id=0, eos_token_id=0, pad_token_id=0, rms_norm_eps=1e-5, rope_theta=10000.0,
         attention_bias=False, mlp_bias=False, **SHAPES[name],
     )
-    model = LlamaForCausalLM(config)
+    out = MODELS / name
+    earlier = json.loads((out / "training.json").read_text()) if go_on else {}
+    model = LlamaForCausalLM.from_pretrained(out) if go_on else LlamaForCausalLM(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     others = [p for n, p in model.named_parameters() if not any(p is m for m in matrices)]
     optimisers = [
@@ -168,14 +175,14 @@ def train(name: str, minutes: float, threads: int) -> None:
     heldout = tokens_of(TEXTS / "heldout.txt", name)
     print(f"{name}: {model.num_parameters():,} parameters; unigram held-out loss {unigram_loss(data, heldout):.3f}", flush=True)
 
-    out = MODELS / name
-    log = []
-    generator = torch.Generator().manual_seed(0)
+    log = earlier.get("course", [])
+    generator = torch.Generator().manual_seed(int(earlier.get("steps", 0)))
     start = last_note = time.monotonic()
     order = torch.randperm(len(data) // CONTEXT_TOKENS - 1, generator=generator)
     at, seen, step, epoch = 0, 0, 0, 0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        scale = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        position = 0.4 + 0.6 * done if go_on else done
+        scale = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * position)))
         for optimiser, peak in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = peak * scale
@@ -199,19 +206,52 @@ def train(name: str, minutes: float, threads: int) -> None:
             print(f"step {step} epoch {epoch} {elapsed / 60:.1f} min loss {loss.item():.3f} {seen / elapsed:.0f} tokens/s", flush=True)
         if time.monotonic() - last_note > 600:
             last_note = time.monotonic()
-            log.append({"minutes": round((last_note - start) / 60, 1), "tokens": seen, "heldout_loss": heldout_loss(model, heldout)})
+            minute = round((last_note - start) / 60 + earlier.get("minutes", 0), 1)
+            tokens = seen + earlier.get("train_tokens_seen", 0)
+            log.append({"minutes": minute, "tokens": tokens, "heldout_loss": round(heldout_loss(model, heldout), 4)})
             print(json.dumps(log[-1]), flush=True)
             model.save_pretrained(out)
     final = heldout_loss(model, heldout)
     model.save_pretrained(out)
     facts = {
-        "parameters": model.num_parameters(), "train_tokens_seen": seen, "steps": step, "epochs": epoch + 1,
-        "minutes": minutes, "threads": threads, "heldout_loss_nats_per_token": round(final, 4),
+        "parameters": model.num_parameters(), "train_tokens_seen": seen + earlier.get("train_tokens_seen", 0),
+        "steps": step + earlier.get("steps", 0), "minutes": minutes + earlier.get("minutes", 0), "threads": threads, "heldout_loss_nats_per_token": round(final, 4),
         "unigram_loss_nats_per_token": round(unigram_loss(data, heldout), 4),
         "heldout_perplexity": round(math.exp(final), 3), "course": log,
     }
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "README.md").write_text(card(name, facts), encoding="utf-8")
     print(json.dumps(facts, indent=1), flush=True)
+
+
+def card(name: str, facts: dict) -> str:
+    """Return the model card: what it is, what it was trained on, how good it is."""
+    shape = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in SHAPES[name].items())
+    purpose = (
+        "A draft model with the same tokenizer, for speculative decoding."
+        if name.endswith("draft")
+        else "A model small enough to travel with the code and trained enough that compressing it has a visible price and gain."
+    )
+    return f"""# {name}
+
+{purpose}
+
+| | |
+|---|---|
+| architecture | Llama: {shape}; tied embeddings, float32 |
+| parameters | {facts["parameters"]:,} |
+| tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same text |
+| context | {CONTEXT_TOKENS} tokens |
+| text | the CPython standard library's own sources and pydoc_data topics; held-out and calibration modules left out by the hash of their path |
+| tokens seen | {facts["train_tokens_seen"]:,} in {facts["steps"]:,} steps of {BATCH * CONTEXT_TOKENS} |
+| time | {facts["minutes"]:g} minutes on {facts["threads"]} CPU threads of a machine that was busy with other work |
+| held-out loss | {facts["heldout_loss_nats_per_token"]} nats for each token (perplexity {facts["heldout_perplexity"]}) in windows of {CONTEXT_TOKENS} tokens |
+| unigram loss on the same text | {facts["unigram_loss_nats_per_token"]} nats for each token |
+
+Made by `python tools/train_tiny_lm.py data` and `train`; `training.json` holds these figures and the course of the loss.
+It knows nothing but the look of Python code and its documentation, and is of no use beyond tests and demonstrations.
+The text is copyright Python Software Foundation, used under the PSF License Agreement.
+"""
 
 
 def main() -> None:
@@ -222,11 +262,12 @@ def main() -> None:
     command.add_argument("--draft", action="store_true")
     command.add_argument("--minutes", type=float, default=90)
     command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--go-on", action="store_true", help="continue from the model that is there")
     options = parser.parse_args()
     if options.verb == "data":
         make_data()
     else:
-        train("tiny-lm-draft" if options.draft else "tiny-lm", options.minutes, options.threads)
+        train("tiny-lm-draft" if options.draft else "tiny-lm", options.minutes, options.threads, options.go_on)
 
 
 if __name__ == "__main__":

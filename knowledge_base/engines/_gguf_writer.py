@@ -7,7 +7,6 @@ Equal models give equal bytes: the file holds no date and rows are quantised ind
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,11 +96,11 @@ def write(session: Session, path: Path) -> None:
         shape = _bytes_shape(library, tensor.shape, types[name])
         kind = gguf.GGMLQuantizationType(_TYPES[types[name]])
         writer.add_tensor_info(name, shape, numpy.dtype(numpy.uint8), int(numpy.prod(shape)), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with ThreadPoolExecutor(abi.cores()) as pool:
             for done, (name, tensor) in enumerate(tensors.items()):
                 writer.write_tensor_data(_encode(library, pool, name, tensor, types[name]))
                 session.progress("write model.gguf", (done + 1) / len(tensors))

@@ -226,6 +226,11 @@ def library() -> Library:
     return result
 
 
+def cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def _open() -> Library | str:
     spec = importlib.util.find_spec("xllamacpp")

@@ -35,7 +35,7 @@ class LlamaRunning:
         self._library = library = abi.library()
         self._model: int | None = None
         self._context: int | None = None
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or abi.cores()
         library.log.clear()
         params = library.llama_model_default_params()
         params.load_mode = abi.LOAD_WITHOUT_MAPPING

@@ -23,6 +23,7 @@ ENGINE = Engine(
     offers=frozenset({"gguf", "kv:8", "kv:4", "batch", "threads"}),
     preload=("numpy", "knowledge_base.engines._llama_running"),
     modules=("xllamacpp", "gguf"),
+    devices=frozenset({"cpu"}),  # the wheel is built without GPU kernels
     sources=("https://github.com/ggml-org/llama.cpp", "https://github.com/xorbitsai/xllamacpp"),
 )
 

@@ -10,7 +10,7 @@ on other devices, and where a prompt is long enough that unpacking once is cheap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights in the model's dtype, made anew; for code that reads a Linear's weight (state-space mixers do)."""
+        """The weights in the model's dtype, made anew, for code that reads a Linear's weight: state-space mixers do."""
         return self.dequantised().to(self.dtype)
 
     def _fill(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> None:
@@ -73,7 +73,9 @@ class _Packed(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the shape and parameters, for print(model)."""
-        return ", ".join([f"in={self.in_features}", f"out={self.out_features}", *(f"{k}={v}" for k, v in self.spec().items())])
+        return ", ".join(
+            [f"in={self.in_features}", f"out={self.out_features}", *(f"{k}={v}" for k, v in self.spec().items())]
+        )
 
 
 # ---------------------------------------------------------------- 8 bits
@@ -82,7 +84,7 @@ class _Packed(nn.Module):
 def quantise_channels(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 weights (out, in) and their scales (out,): symmetric, one scale for each output channel.
 
-        q = round(w / s), s = max|w| / 127 rounded to `scale_dtype`;  w is close to q s
+    q = round(w / s), s = max|w| / 127 rounded to `scale_dtype`;  w is close to q s
     """
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
@@ -97,6 +99,8 @@ class Int8Linear(_Packed):
 
     kind = "int8"
     scale_dtype = torch.bfloat16
+    quantised: torch.Tensor  # int8 (out, in)
+    scales: torch.Tensor  # (out,)
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, out_features, bias, dtype)
@@ -154,7 +158,7 @@ class Int8DynamicLinear(Int8Linear):
 def group_qparams(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zeros, float32 (out, in / group_size), that cover each group's smallest and largest weight.
 
-        w is close to (q - 8) s + z with q in 0..15; both are rounded to bfloat16, as they are stored
+    w is close to (q - 8) s + z with q in 0..15; both are rounded to bfloat16, as they are stored
     """
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
@@ -191,6 +195,9 @@ class Int4Linear(_Packed):
     """
 
     kind = "int4"
+    packed: torch.Tensor  # empty while `kernel` holds the weights
+    scales_and_zeros: torch.Tensor
+    kernel: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, group_size: int) -> None:
         super().__init__(in_features, out_features, bias, dtype)
@@ -199,7 +206,9 @@ class Int4Linear(_Packed):
         self.group_size = group_size
         groups = in_features // group_size
         self.register_buffer("packed", torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta"))
-        self.register_buffer("scales_and_zeros", torch.empty(groups, out_features, 2, dtype=torch.bfloat16, device="meta"))
+        self.register_buffer(
+            "scales_and_zeros", torch.empty(groups, out_features, 2, dtype=torch.bfloat16, device="meta")
+        )
         self.register_buffer("kernel", None, persistent=False)
 
     @classmethod
@@ -209,7 +218,12 @@ class Int4Linear(_Packed):
 
     @classmethod
     def from_quantised(
-        cls, quantised: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+        cls,
+        quantised: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> Int4Linear:
         """Return the module for weights already in 0..15 (out, in) with scales and zeros (out, groups)."""
         outputs, inputs = quantised.shape
@@ -345,7 +359,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expert_tensors(model: nn.Module) -> Iterator[str]:
-    """Yield the names of 3-D expert weights inside the layers: the packed kinds hold one matrix, so they stay as they are."""
+    """Yield the names of 3-D expert weights; the packed kinds hold one matrix, so they stay as they are."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and "experts" in name:
             yield name
@@ -357,7 +371,7 @@ def pack(model: nn.Module, name: str, kind: str, group_size: int | None = None) 
     int4 takes the largest group size up to `group_size` that divides the inputs.
     """
     module = model.get_submodule(name)
-    weight, bias = matrix_of(module), module.bias
+    weight, bias = matrix_of(module), getattr(module, "bias", None)
     if kind == "int4":
         size = usable_group_size(weight.shape[1], group_size or GROUP_SIZES[-1])
         if size is None:
@@ -374,8 +388,9 @@ def dense_bytes(module: nn.Module) -> int:
     return module.weight.numel() * module.weight.element_size()  # type: ignore[operator, return-value]
 
 
-def packed_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int | None:
-    """Return the stored bytes of a matrix at 4 or 8 bits, scales and zeros included; None when it cannot be packed."""
+def packed_bytes(shape: Sequence[int], bits: int, group_size: int) -> int | None:
+    """Return the stored bytes of a matrix (out, in) at 4 or 8 bits, scales included; None: it cannot be packed."""
+    outputs, inputs = shape
     if bits == 8:
         return outputs * inputs + 2 * outputs
     size = usable_group_size(inputs, group_size)
@@ -405,7 +420,9 @@ def note(session: Session, technique: str, packed: int, left: list[str]) -> None
     """
     if not packed:
         raise CandidateFailed(
-            "unsupported", f"no matrix has inputs that groups of {GROUP_SIZES[0]} divide", hint="use weight_int8 instead"
+            "unsupported",
+            f"no matrix has inputs that groups of {GROUP_SIZES[0]} divide",
+            hint="use weight_int8 instead",
         )
     session.notes[f"{technique}.matrices"] = packed
     if left := [*left, *expert_tensors(session.model)]:

@@ -44,9 +44,7 @@ def measure_sensitivities(
     layers = decoder_layers(model)
     names = {id(layer): name for name, layer in model.named_modules()}
     modules = _packed.linears(model)
-    by_layer = [
-        {name: m for name, m in modules.items() if name.startswith(names[id(layer)] + ".")} for layer in layers
-    ]
+    by_layer = [{name: m for name, m in modules.items() if name.startswith(names[id(layer)] + ".")} for layer in layers]
 
     with torch.no_grad():
         trial = _Trial(model, layers, tokens)
@@ -78,7 +76,7 @@ def measure_sensitivities(
 def _measure(
     trial: _Trial, index: int, modules: Mapping[str, nn.Module], bits: int, group_size: int, found: dict[str, Any]
 ) -> None:
-    sizes = {name: _packed.packed_bytes(*matrix_of(m).shape, bits, group_size) for name, m in modules.items()}
+    sizes = {name: _packed.packed_bytes(matrix_of(m).shape, bits, group_size) for name, m in modules.items()}
     rounded = [name for name, size in sizes.items() if size is not None]
     if not rounded:
         return

@@ -12,7 +12,7 @@ SAVES = (
 )  # fmt: skip
 SPENDS = ("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s", "ttft_s")
 # What casting (bfloat16 in, the model's dtype out) and rounding activations cost around each matrix at one token, in
-# launches of an ordinary operator: decode steps of a 7M-parameter float32 Llama, 56 matrices, against its unpacked self.
+# launches of an ordinary operator: decode of a 7M-parameter float32 Llama, 56 matrices, against its unpacked self.
 CAST_KERNELS, ROUNDING_KERNELS = 0.5, 1.5
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,7 +28,13 @@ def why_not(model: Model) -> str | None:
 
 def why_not_groups(model: Model, group_size: int) -> str | None:
     """Return which of the model's widths the group size does not divide, or None."""
-    widths = {"hidden size": model.hidden_size, "attention width": model.heads * model.head_size, "feed-forward size": model.ffn_size}
+    if model.attention_layers < model.layers:
+        return f"state-space layers of {model.architecture} hold matrices narrower than a group of weights"
+    widths = {
+        "hidden size": model.hidden_size,
+        "attention width": model.heads * model.head_size,
+        "feed-forward size": model.ffn_size,
+    }
     for what, width in widths.items():
         if width % group_size:
             return f"groups of {group_size} do not divide the {what} {width} of {model.name}"
@@ -45,8 +51,10 @@ def int8_bits(model: Model, scale_bits: int = 16) -> float:
     return 8 + scale_bits / model.hidden_size
 
 
-def packed(demand: Demand, *, bits: float, weight_format: str, kernels: float, compute_dtype: str | None = None) -> Demand:
-    """Return the demand with the layers' weights in `bits` each, and the time of `kernels` more launches for each matrix."""
+def packed(
+    demand: Demand, *, bits: float, weight_format: str, kernels: float, compute_dtype: str | None = None
+) -> Demand:
+    """Return the demand with `bits` for each of the layers' weights, and `kernels` more launches for each matrix."""
     matrices = 7 if demand.model.gated_ffn else 6
     before = demand.linear_bytes / demand.linear_params * 8
     return replace(

@@ -53,7 +53,9 @@ def rewrite(demand: Demand) -> Demand:
     # Below 1B outliers among activations are rarer, so the loss does not grow as weight rounding's does: wide spread.
     demand = loss_after(demand, 0.006, 0.006)  # EVIDENCE rows 1 to 4: 0.017, 0.007, 0.019, 0.002 (at 1.3B)
     bits = _weights.int8_bits(demand.model, scale_bits=32)
-    return _weights.packed(demand, bits=bits, weight_format="int8_dynamic", kernels=_weights.ROUNDING_KERNELS, compute_dtype="int8")
+    return _weights.packed(
+        demand, bits=bits, weight_format="int8_dynamic", kernels=_weights.ROUNDING_KERNELS, compute_dtype="int8"
+    )
 
 
 def execute(session: Session) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from knowledge_base.techniques._quality import loss_after
+from knowledge_base.techniques._removal import loss_after_removal
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -72,8 +72,8 @@ def rewrite(demand: Demand, *, count: int) -> Demand:
         params_total=round(model.params_total - removed),
         params_active=round(model.params_active - active),
     )
-    log_ratio_7b = 6.5 * (1 - share) ** 1.5  # through EVIDENCE rows 1 to 6
-    demand = loss_after(demand, log_ratio_7b, 0.5 * log_ratio_7b)
+    log_ratio = 6.5 * (1 - share) ** 1.5  # through EVIDENCE rows 1 to 6
+    demand = loss_after_removal(demand, log_ratio, 0.8 * log_ratio)
     return replace(
         demand,
         model=shallower,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from knowledge_base.techniques._quality import loss_after
+from knowledge_base.techniques._removal import loss_after_removal
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -109,8 +109,8 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     model = demand.model
     share = kept_share(model, keep)
     factorised = sum(1 for shape in matrices(model) if rank_for(*shape, keep))
-    log_ratio_7b = 3.2 * (1 - share) ** 1.4  # through EVIDENCE rows 2 and 3
-    demand = loss_after(demand, log_ratio_7b, 0.4 * log_ratio_7b)
+    log_ratio = 3.2 * (1 - share) ** 1.4  # through EVIDENCE rows 2 and 3
+    demand = loss_after_removal(demand, log_ratio, 0.8 * log_ratio)
     inputs = sum(in_features**2 for _, in_features in matrices(model))
     return replace(
         demand,

@@ -45,7 +45,8 @@ EVIDENCE = (
     *(
         Evidence(model="Llama-2-70B", setting=name, quantity="WikiText-2 perplexity", baseline=3.4313, value=value,
                  source=_SCORES_70B)
-        for name, value in (("Q6_K", 3.4367), ("Q5_K_S", 3.4483), ("Q4_K_S", 3.4852), ("Q4_0", 3.5550), ("Q3_K_S", 3.7019))
+        for name, value in (("Q6_K", 3.4367), ("Q5_K_S", 3.4483), ("Q4_K_S", 3.4852), ("Q4_0", 3.5550),
+                            ("Q3_K_S", 3.7019))
     ),
     *(
         Evidence(model="Llama-2-7B", setting=name, quantity="WikiText-2 perplexity ratio", baseline=1.0, value=value,

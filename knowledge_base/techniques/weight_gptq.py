@@ -73,10 +73,16 @@ def rewrite(demand: Demand, *, group_size: int) -> Demand:
     from dataclasses import replace
 
     demand = loss_after(demand, _LOG_RATIO_7B[group_size], 0.6 * _LOG_RATIO_7B[group_size])
-    demand = _weights.packed(demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS)
+    demand = _weights.packed(
+        demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS
+    )
     # Two passes over about 16k tokens, their Hessians, one inverse and one sweep for each matrix.
     inputs = demand.model.hidden_size
-    flop = 4 * demand.linear_params * 16_384 + 2 * inputs * demand.linear_params + 2 * 7 * demand.layers * inputs**2 * 16_384
+    flop = (
+        4 * demand.linear_params * 16_384
+        + 2 * inputs * demand.linear_params
+        + 2 * 7 * demand.layers * inputs**2 * 16_384
+    )
     return replace(demand, build_flop=demand.build_flop + flop)
 
 
@@ -194,7 +200,7 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
 
 
 def output_error(weight: torch.Tensor, found: tuple, hessian: torch.Tensor) -> float:
-    """Return the mean squared change of the outputs summed over them: trace of D H D^T with D the change of the weights."""
+    """Return the mean squared change of the outputs, summed: trace of D H D^T with D the change of the weights."""
     quantised, scales, zeros = found
     size = weight.shape[1] // scales.shape[1]
     rounded = (quantised.float() - 8) * scales.repeat_interleave(size, 1) + zeros.repeat_interleave(size, 1)

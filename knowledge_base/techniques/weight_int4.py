@@ -56,7 +56,9 @@ def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> 
 def rewrite(demand: Demand, *, group_size: int) -> Demand:
     """Return the demand with 4-bit weights in the layers; a cast of the activations on either side of each matrix."""
     demand = loss_after(demand, _LOG_RATIO_7B[group_size], 0.6 * _LOG_RATIO_7B[group_size])
-    return _weights.packed(demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS)
+    return _weights.packed(
+        demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS
+    )
 
 
 def execute(session: Session, *, group_size: int) -> None:

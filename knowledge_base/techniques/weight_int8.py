@@ -42,7 +42,9 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 def rewrite(demand: Demand) -> Demand:
     """Return the demand with 8-bit weights in the layers; a cast of the activations on either side of each matrix."""
     demand = loss_after(demand, 0.001, 0.001)  # between EVIDENCE rows 1 and 2
-    return _weights.packed(demand, bits=_weights.int8_bits(demand.model), weight_format="int8", kernels=_weights.CAST_KERNELS)
+    return _weights.packed(
+        demand, bits=_weights.int8_bits(demand.model), weight_format="int8", kernels=_weights.CAST_KERNELS
+    )
 
 
 def execute(session: Session) -> None:

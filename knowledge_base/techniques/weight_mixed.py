@@ -6,6 +6,8 @@ measured one matrix at a time, within `average_bits` for each weight, scales inc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from knowledge_base.techniques import _weights
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -93,7 +95,7 @@ def execute(session: Session, *, average_bits: float) -> None:
     for done, (name, module) in enumerate(modules.items()):
         shape = _packed.matrix_of(module).shape
         params += shape.numel()
-        size = _packed.packed_bytes(*shape, bits[name], GROUP_SIZE)
+        size = _packed.packed_bytes(shape, bits[name], GROUP_SIZE)
         if bits[name] == 16 or size is None:
             stored += _packed.dense_bytes(module)
         else:
@@ -111,9 +113,8 @@ def execute(session: Session, *, average_bits: float) -> None:
         )  # fmt: skip
 
 
-def _bits_of(name: str, allocation: dict | object) -> int | None:
-    while name:
-        if name in allocation:  # type: ignore[operator]
-            return allocation[name]  # type: ignore[index]
+def _bits_of(name: str, allocation: Mapping[str, int]) -> int:
+    """Return the bits of a module, or of the nearest module that holds it; 0 where there is none."""
+    while name and name not in allocation:
         name = name.rpartition(".")[0]
-    return None
+    return allocation.get(name, 0)

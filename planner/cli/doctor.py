@@ -38,7 +38,9 @@ def _python(options: Any) -> Iterator[Row]:
     import sys
 
     good = sys.version_info >= (3, 11)
-    yield _row("python", "ok" if good else "fail", platform.python_version(), "" if good else "install Python 3.11 or newer")
+    yield _row(
+        "python", "ok" if good else "fail", platform.python_version(), "" if good else "install Python 3.11 or newer"
+    )
 
 
 def _packages(options: Any) -> Iterator[Row]:
@@ -77,7 +79,14 @@ def _engines(options: Any) -> Iterator[Row]:
         ready += problem is None
         what, _, command = (problem or "").partition("; ")
         found = what or ", ".join(f"{k} {v}" for k, v in module.versions().items())
-        rows.append(_row(f"engine {name}", "warn" if problem else "ok", found, command or ("pip install the engine again" if problem else "")))
+        rows.append(
+            _row(
+                f"engine {name}",
+                "warn" if problem else "ok",
+                found,
+                command or ("pip install the engine again" if problem else ""),
+            )
+        )
     if not ready:
         for row in rows:
             row["state"] = "fail"
@@ -93,7 +102,11 @@ def _import_problem(modules: tuple[str, ...]) -> str | None:
     code = "".join(f"import {name}\n" for name in modules)
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": root}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": root},
     )
     lines = done.stderr.strip().splitlines()
     return None if done.returncode == 0 else f"present but broken: {lines[-1] if lines else done.returncode}"
@@ -110,7 +123,9 @@ def _techniques(options: Any) -> Iterator[Row]:
         for need in module.TECHNIQUE.modules:
             if find_spec(need) is None:
                 extra = module.TECHNIQUE.extra
-                missing.setdefault((need, f"pip install 'leanplan[{extra}]'" if extra else f"pip install {need}"), []).append(name)
+                missing.setdefault(
+                    (need, f"pip install 'leanplan[{extra}]'" if extra else f"pip install {need}"), []
+                ).append(name)
     count = len(techniques.names())
     if not missing:
         yield _row("techniques", "ok", f"{count}, all can run")
@@ -127,13 +142,20 @@ def _gpu(options: Any) -> Iterator[Row]:
         return
     facts = accelerators.find() if options.all else {}
     if facts.get("problem"):
-        yield _row("GPU", "warn", f"{', '.join(names)}: {facts['problem']}", "install a torch build for this driver: pytorch.org/get-started")
+        yield _row(
+            "GPU",
+            "warn",
+            f"{', '.join(names)}: {facts['problem']}",
+            "install a torch build for this driver: pytorch.org/get-started",
+        )
         return
     yield _row("GPU", "ok", ", ".join(names))
     for gpu in facts.get("gpus", ()):
         used = gpu["memory_bytes"] - gpu["free_bytes"]
         if used > 0.1 * gpu["memory_bytes"]:
-            yield _row("GPU", "warn", f"others hold {used / 2**30:.0f} GiB of {gpu['name']}", "nvidia-smi shows which process")
+            yield _row(
+                "GPU", "warn", f"others hold {used / 2**30:.0f} GiB of {gpu['name']}", "nvidia-smi shows which process"
+            )
 
 
 def _energy(options: Any) -> Iterator[Row]:
@@ -155,13 +177,21 @@ def _memory(options: Any) -> Iterator[Row]:
     usable = min(facts["limit_bytes"], facts["available_bytes"])
     found = f"{usable / 2**30:.1f} GiB usable, limit {facts['limit_bytes'] / 2**30:.1f} GiB ({facts['limit_source']})"
     good = usable >= 2 * 2**30
-    yield _row("memory", "ok" if good else "warn", found, "" if good else "close programs or raise the limit: a candidate needs about 2 GiB")
+    yield _row(
+        "memory",
+        "ok" if good else "warn",
+        found,
+        "" if good else "close programs or raise the limit: a candidate needs about 2 GiB",
+    )
 
 
 def _disk(options: Any) -> Iterator[Row]:
     import shutil
 
-    for name, folder in (("run folder", Path(options.run_dir or "runs")), ("store", Path(options.store or ".leanplan"))):
+    for name, folder in (
+        ("run folder", Path(options.run_dir or "runs")),
+        ("store", Path(options.store or ".leanplan")),
+    ):
         there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
         flag = "--run-dir" if name == "run folder" else "--store"
         if not _writable(there):
@@ -169,7 +199,11 @@ def _disk(options: Any) -> Iterator[Row]:
             continue
         free = shutil.disk_usage(there).free
         state = "ok" if free >= 5 * 2**30 else "warn" if free >= 2**30 else "fail"
-        fix = "" if state == "ok" else f"free space, or choose another disk: {flag} PATH; leanplan clean shows what may go"
+        fix = (
+            ""
+            if state == "ok"
+            else f"free space, or choose another disk: {flag} PATH; leanplan clean shows what may go"
+        )
         yield _row(name, state, f"{folder}, {free / 2**30:.1f} GiB free", fix)
 
 

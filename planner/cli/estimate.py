@@ -119,12 +119,14 @@ def _check(steps: list[Step], engine: Any, model: Model, workload: Workload, har
 
 
 def _effects(plan: Plan, model: Model, workload: Workload) -> list[dict[str, str]]:
+    import itertools
+
     from cost_models.demand import demand_chain
 
     chain = demand_chain(plan, model, workload)
     return [
         {"step": name, "effect": "; ".join(after.because[len(before.because) :])}
-        for (_, before), (name, after) in zip(chain, chain[1:], strict=False)
+        for (_, before), (name, after) in itertools.pairwise(chain)
     ]
 
 

@@ -21,7 +21,9 @@ def run(options: argparse.Namespace) -> int:
     from planner.machine import SCHEMA, profile
 
     quiet = bool(options.quiet or options.no_progress)
-    found = profile(Path(options.store or ".leanplan"), refresh=options.refresh, tell=lambda text: say(text, quiet=quiet))
+    found = profile(
+        Path(options.store or ".leanplan"), refresh=options.refresh, tell=lambda text: say(text, quiet=quiet)
+    )
     emit(options, {"schema": SCHEMA, **plain(found)}, table(rows(found)))
     for problem in found.problems:
         say(f"note: {problem}", quiet=options.quiet)
@@ -48,17 +50,36 @@ def rows(profile: Any) -> list[dict[str, Any]]:
     if disk["write_bytes_per_s"]:
         lines.append(("disk write", f"{disk['write_bytes_per_s'] / 1e6:.0f} MB/s", f"{measured}, 32 MiB with fsync"))
     for threads, rate in facts["bandwidth"].get("read_bytes_per_s", {}).items():
-        lines.append((f"memory read, {threads} thread{'s' if threads != '1' else ''}", f"{rate / 1e9:.1f} GB/s", measured))
+        lines.append(
+            (f"memory read, {threads} thread{'s' if threads != '1' else ''}", f"{rate / 1e9:.1f} GB/s", measured)
+        )
     for dtype, shapes in facts["matmul"].get("flop_per_s", {}).items():
         for shape, rate in shapes.items():
             lines.append((f"{dtype} product {shape}", f"{rate / 1e9:.1f} Gflop/s", measured))
     for device in hardware.devices:
         if device.kind == "gpu":
-            lines.append((device.name, f"{units.format(device.memory_bytes, 'bytes')}, {device.memory_bytes_per_s / 1e9:.0f} GB/s", measured))
-            lines += [(f"{device.name} {dtype}", f"{rate / 1e12:.1f} Tflop/s", measured) for dtype, rate in device.flop_per_s.items()]
+            lines.append(
+                (
+                    device.name,
+                    f"{units.format(device.memory_bytes, 'bytes')}, {device.memory_bytes_per_s / 1e9:.0f} GB/s",
+                    measured,
+                )
+            )
+            lines += [
+                (f"{device.name} {dtype}", f"{rate / 1e12:.1f} Tflop/s", measured)
+                for dtype, rate in device.flop_per_s.items()
+            ]
     lines += [
-        ("accelerators", ", ".join(d.name for d in hardware.devices if d.kind == "gpu") or "none", "CUDA through torch"),
-        ("energy counters", ", ".join(facts["energy_counters"]["counters"]) or "none: energy can only be modelled", "powercap, NVML"),
+        (
+            "accelerators",
+            ", ".join(d.name for d in hardware.devices if d.kind == "gpu") or "none",
+            "CUDA through torch",
+        ),
+        (
+            "energy counters",
+            ", ".join(facts["energy_counters"]["counters"]) or "none: energy can only be modelled",
+            "powercap, NVML",
+        ),
         ("load", f"{noise['load_1m']:.1f}, others use {noise['busy_ratio']:.0%}", f"when the rates were {measured}"),
         ("governors", ", ".join(noise["governors"]) or "not shown", "cpufreq"),
         ("fingerprint", hardware.fingerprint, "processor, cores, memory, GPUs"),

@@ -9,7 +9,7 @@ PROBE = "energy counters: RAPL and NVML"
 
 
 def find() -> dict[str, Any]:
-    """Return {"kinds": ["rapl", "nvml"], "counters": [...], "problems": [...]}; empty kinds: energy can only be modelled."""
+    """Return {"kinds": ["rapl", "nvml"], "counters": [...], "problems": [...]}; no kinds: energy is only modelled."""
     from planner.energy import Counters
 
     counters = Counters().names
@@ -25,5 +25,5 @@ def _problems(powercap: Path, counters: tuple[str, ...]) -> list[str]:
         return []
     zones = sorted(powercap.glob("intel-rapl:*/energy_uj"))
     if zones:
-        return [f"{zones[0]} is readable by root only (since 2020): sudo chmod a+r /sys/class/powercap/intel-rapl*/energy_uj"]
+        return [f"{zones[0]} is readable by root only: sudo chmod a+r /sys/class/powercap/intel-rapl*/energy_uj"]
     return ["no RAPL counters: this processor, virtual machine or container does not show them"]

@@ -12,7 +12,23 @@ from typing import Any
 PROBE = "processor: cores, caches, instruction sets"
 
 # As /proc/cpuinfo spells them; the ones matrix libraries choose their kernels by.
-_TELLING = ("avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2")
+_TELLING = (
+    "avx",
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+)
 
 
 def find() -> dict[str, Any]:
@@ -66,7 +82,7 @@ def _caches(folder: Path) -> dict[str, int]:
         found = re.fullmatch(r"(\d+)([KMG])", size)
         if found:
             scale = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
-            caches[f"L{level}{ {'Data': 'd', 'Instruction': 'i'}.get(kind, '')}"] = int(found[1]) * scale
+            caches[f"L{level}{ {'Data': 'd', 'Instruction': 'i'}.get(kind, '') }"] = int(found[1]) * scale
     return caches
 
 

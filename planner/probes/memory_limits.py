@@ -15,7 +15,10 @@ def find() -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     limits = {"installed memory": memory.total}
-    limits |= {f"control group {path}": size for path, size in group_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")).items()}
+    limits |= {
+        f"control group {path}": size
+        for path, size in group_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")).items()
+    }
     for name, number in (("ulimit -v", resource.RLIMIT_AS), ("ulimit -d", resource.RLIMIT_DATA)):
         soft, _ = resource.getrlimit(number)
         if soft != resource.RLIM_INFINITY:

@@ -27,7 +27,9 @@ def find() -> dict[str, Any]:
         "busy_ratio": max(0.0, busy - own),
         "governors": dict(Counter(_contents("/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"))),
         "swap_used_bytes": psutil.swap_memory().used,
-        "throttle_events": sum(map(int, _contents("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count"))),
+        "throttle_events": sum(
+            map(int, _contents("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count"))
+        ),
     }
     return facts | {"warnings": warnings(facts, logical)}
 

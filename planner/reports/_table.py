@@ -12,7 +12,7 @@ MARKS = {"met": "✓", "not met": "✗", "inconclusive": "?", "not judged": "–
 
 def columns(result: ParetoSet) -> tuple[str, ...]:
     """Return the metric names worth a column: objectives, then budgets, then the usual ones, each once."""
-    usual = ("ttft_s", "tpot_s", "throughput_tokens_per_s", "peak_memory_bytes", "artefact_bytes", "quality_loss_ratio")
+    usual: tuple[str, ...] = ("ttft_s", "tpot_s", "throughput_tokens_per_s", "peak_memory_bytes", "artefact_bytes", "quality_loss_ratio")
     if result.measured:
         usual += ("agreement_ratio", "kl_divergence_nats")
     wanted = [find_metric(label)[0].name for label in result.objectives] + [b.metric for b in result.budgets]

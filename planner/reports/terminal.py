@@ -6,6 +6,7 @@ import io
 import os
 import sys
 
+from planner.cli._talk import clean
 from planner.reports import _table
 from planner.results import ParetoSet
 
@@ -26,6 +27,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     console = Console(file=out, width=max(20, columns), force_terminal=color, color_system="standard" if color else None, legacy_windows=False)
 
     def text(value: str, style: str = "") -> Text:
+        value = clean(value)  # names come from strangers: nothing in them may steer the terminal
         return Text(value.translate(_ASCII) if ascii_only else value, style=style)
 
     kind = "measured" if answer.measured else "predicted, nothing was run"

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy
@@ -39,7 +39,7 @@ MODEL = replace(
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral", "mixtral", "mamba")
 TECHNIQUES = techniques.all()
 NAMES = tuple(TECHNIQUES)
-NEW_TOKENS = 40
+NEW_TOKENS = 12
 
 
 def settings(name: str) -> list[Step]:
@@ -56,7 +56,7 @@ def legal(step: Step, model) -> str | None:
     return why or getattr(module, "legal", lambda *_: None)(step.knobs, model, TOY_WORKLOAD, TOY_MACHINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def before(name: str) -> tuple[Step, ...]:
     """Return the steps a technique cannot do without, as the composition rules tell; () for most."""
     step = settings(name)[0]
@@ -87,7 +87,7 @@ def test_declaration(name):
     technique = TECHNIQUES[name].TECHNIQUE
     assert technique.stage in STAGES
     assert technique.family
-    assert technique.summary and technique.summary[0].islower() or technique.summary[0].isdigit()
+    assert (technique.summary and technique.summary[0].islower()) or technique.summary[0].isdigit()
     assert technique.taxonomy.count("/") >= 1
     assert set(technique.saves) | set(technique.spends) <= set(METRICS)
     assert not set(technique.saves) & set(technique.spends)
@@ -231,7 +231,7 @@ def file_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf", ".bin"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def unchanged(architecture: str, engine_name: str, steps: tuple[Step, ...] = ()) -> dict:
     """What the artefact of the model takes before the technique in question."""
     import tempfile
@@ -249,12 +249,12 @@ def unchanged(architecture: str, engine_name: str, steps: tuple[Step, ...] = ())
 
 
 def claims(architecture: str) -> list:
-    """One setting of each technique; of the first architecture the default and the last."""
+    """The lowest setting of each technique, which is the cheapest to do; of the first architecture also the default."""
     params = []
     for name in NAMES:
-        steps = settings(name)
-        chosen = steps[:1] if architecture != ARCHITECTURES[0] else list(dict.fromkeys((steps[0], steps[-1])))
-        for step in chosen:
+        lowest = Step(name, {k: c.options[0] for k, c in TECHNIQUES[name].TECHNIQUE.knobs.items()})
+        chosen = (lowest, settings(name)[0]) if architecture == ARCHITECTURES[0] else (lowest,)
+        for step in dict.fromkeys(chosen):
             slow = "compile" in TECHNIQUES[name].TECHNIQUE.needs
             marks = [pytest.mark.slow] if slow else []
             params.append(pytest.param(architecture, step, id=f"{architecture}-{step}", marks=marks))
@@ -290,6 +290,9 @@ def test_executed_on_a_real_model(architecture, step, tmp_path):
         then = running.log_probs(tokens())
         generation = running.generate([tokens()] * session.runtime.get("batch", 1), NEW_TOKENS)
         memory = running.memory()
+        if TECHNIQUES[step.technique].rewrite(demand_of(facts, TOY_WORKLOAD, name), **step.knobs).tokens_per_step > 1:
+            # Greedy choices of a model that learnt nothing soon go round in circles, so drafts come true.
+            assert running.generate([tokens()], 150).steps < 149
     finally:
         running.close()
 
@@ -314,8 +317,6 @@ def test_executed_on_a_real_model(architecture, step, tmp_path):
             assert found[metric] < base[metric], metric
     if "artefact_bytes" in technique.saves:
         assert stored == pytest.approx(claimed, rel=0.05)
-    if demand.tokens_per_step > 1:  # greedy choices of a model that learnt nothing soon go round in circles
-        assert generation.steps < NEW_TOKENS - 1
     if technique.lossless:
         again = open_session(architecture)
         run(again, steps)

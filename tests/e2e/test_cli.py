@@ -119,10 +119,10 @@ def test_the_recipe_rebuilds_the_same_artefact(planned: dict, place: Path, tmp_p
     assert facts["same"] is True
     checked = leanplan("verify", str(out), "--digest", facts["digest"], cwd=place)
     assert checked.returncode == 0, checked.stderr
-    (out / "config.json").write_bytes((out / "config.json").read_bytes() + b" ")
+    (out / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes() + b" ")
     spoilt = leanplan("verify", str(out), cwd=place)
     assert spoilt.returncode == 2
-    assert "config.json" in spoilt.stderr
+    assert "tokenizer.json" in spoilt.stderr
 
 
 def test_a_second_plan_measures_nothing_twice(planned: dict, place: Path) -> None:

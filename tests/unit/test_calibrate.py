@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,8 +165,21 @@ def test_error_report_by_hand() -> None:
     row = error_report(pairs)["tpot_s"]
     errors = [abs(e.values["tpot_s"].mid / m.figures["tpot_s"].value - 1) for e, m in pairs]
     assert row["n"] == 8
-    assert math.isclose(row["median_error_ratio"], statistics.median(errors))
-    assert math.isclose(row["worst_error_ratio"], max(errors))
+    assert math.isclose(row["median_abs_ratio"], statistics.median(errors))
+    assert math.isclose(row["worst_abs_ratio"], max(errors))
     assert 0 <= row["coverage"] <= 1 and -1 <= row["rank_correlation"] <= 1
     assert "tpot_s" in as_text(error_report(pairs))
     assert error_report([]) == {}
+
+
+def test_prediction_loads_neither_torch_nor_scikit_learn() -> None:
+    script = (
+        "import sys; from tests_support import *; import cost_models; from knowledge_base.types import Plan\n"
+        "cost_models.estimate(Plan(model_digest='toy', engine='transformers'), TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)\n"
+        "print(sorted({'torch', 'transformers', 'sklearn', 'scipy', 'optuna'} & set(sys.modules)))"
+    )
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

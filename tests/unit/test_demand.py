@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tests_support import TOY_MODEL, TOY_WORKLOAD
 
-from cost_models.demand import Chains, apply_steps, demand_chain, demand_of
+from cost_models.demand import Chains, apply_steps, demand_chain, demand_of, step_read_bytes
 from cost_models.roofline import causal_pairs
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Plan, Step
@@ -88,3 +89,18 @@ def test_memo_gives_what_the_rewrites_give() -> None:
 def test_unknown_technique_is_named() -> None:
     with pytest.raises(BadInput, match="unknown technique `drop_layer`"):
         apply_steps(demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers"), [Step("drop_layer", {})])
+
+
+def test_parts_add_up_to_the_file_for_every_architecture(tmp_path: Path) -> None:
+    from planner.reading import read_model
+    from planner.tiny_models import ARCHITECTURES, make_tiny_model
+
+    for architecture in ARCHITECTURES:
+        make_tiny_model(tmp_path / architecture, architecture=architecture)
+        model = read_model(tmp_path / architecture).model
+        demand = demand_of(model, TOY_WORKLOAD, "transformers")
+        stored = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
+        assert stored == model.weight_bytes, architecture
+        assert 0 < demand.other_bytes < 0.05 * model.weight_bytes, architecture
+        assert 0 < step_read_bytes(demand) <= demand.linear_bytes, architecture
+        assert (step_read_bytes(demand) < demand.linear_bytes) == (model.experts > model.experts_active), architecture

@@ -29,7 +29,8 @@ def test_outputs_change_less_than_when_rounded_to_nearest(group_size, width):
     hessian = x.T @ x / len(x)
     found = weight_gptq.round_with_compensation(weight, hessian, group_size)
     errors = [
-        (x @ (weight - dequantised(f)).T).square().sum().item() / len(x) for f in (found, quantise_groups(weight, group_size))
+        (x @ (weight - dequantised(f)).T).square().sum().item() / len(x)
+        for f in (found, quantise_groups(weight, group_size))
     ]
     assert errors[0] < 0.7 * errors[1]
     assert weight_gptq.output_error(weight, found, hessian) == pytest.approx(errors[0], rel=1e-2)

@@ -17,7 +17,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def make(kind: str, outputs: int, inputs: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Module]:
+def make(
+    kind: str, outputs: int, inputs: int, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Linear, nn.Module]:
     torch.manual_seed(outputs * inputs)
     linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     params = {"group_size": 32} if kind == "int4" else {}
@@ -68,7 +70,7 @@ def test_state_dict_survives_use_and_reload(kind, used, shape):
 
 def test_int4_holds_its_weights_once():
     _, module = make("int4", 256, 768)
-    claimed = _packed.packed_bytes(256, 768, 4, 32)
+    claimed = _packed.packed_bytes((256, 768), 4, 32)
 
     def held() -> int:
         return sum(b.numel() * b.element_size() for b in module.buffers())
@@ -96,7 +98,7 @@ def test_stored_bytes_are_what_is_claimed(kind):
     if kind == "int8_dynamic":
         assert stored == 256 * 768 + 4 * 256
     else:
-        assert stored == _packed.packed_bytes(256, 768, 4 if kind == "int4" else 8, 32)
+        assert stored == _packed.packed_bytes((256, 768), 4 if kind == "int4" else 8, 32)
 
 
 @pytest.mark.parametrize("kind", _packed.KINDS)

@@ -1,0 +1,105 @@
+"""`leanplan init [DIR]`: a commented spec to start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write a commented leanplan.yaml to start from, and what git should ignore"
+
+EXAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M"  # a small real model, named where no model folder is found
+IGNORED = (".leanplan/", "runs/")
+WORKFLOW = """\
+# Judges the budgets of leanplan.yaml on every pull request; the verdict is in the job's summary.
+name: leanplan
+on: pull_request
+permissions:
+  contents: read
+jobs:
+  check:
+    runs-on: ubuntu-latest
+    timeout-minutes: 60
+    steps:
+      - uses: actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683 # v4.2.2
+        with:
+          persist-credentials: false
+      - uses: actions/setup-python@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0
+        with:
+          python-version: "3.12"
+      - run: python -m pip install leanplan
+      - run: leanplan validate leanplan.yaml
+      - run: leanplan check leanplan.yaml --format markdown --output-file leanplan.md
+      - if: always()
+        run: test ! -f leanplan.md || cat leanplan.md >> "$GITHUB_STEP_SUMMARY"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="where to write (default: here)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="model folder or hub id (default: the first model folder found in DIR)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
+    parser.add_argument("--ci", choices=("github",), help="write a workflow that runs leanplan check as well")
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+
+    from knowledge_base.errors import BadInput
+    from knowledge_base.serde import write_atomic
+    from planner import _yaml
+    from planner import spec as specs
+    from planner.cli._talk import emit, say
+
+    folder = Path(options.folder)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput("not a folder", hint="leanplan init DIR", where=str(folder))
+    model = _model(folder, options.model)
+    text = specs.template(json.dumps(model, ensure_ascii=False) if _needs_quotes(model) else model)
+    specs.spec_of(
+        _yaml.parse_yaml(text, "leanplan.yaml"), folder.resolve()
+    )  # a bad --model is refused before anything is written
+    files = {folder / "leanplan.yaml": text}
+    if options.ci:
+        files[folder / ".github/workflows/leanplan.yml"] = WORKFLOW
+    if (there := [path for path in files if path.exists()]) and not options.force:
+        raise BadInput("is there already", hint="--force overwrites it", where=str(there[0]))
+    files[folder / ".leanplan/spec.schema.json"] = json.dumps(specs.schema(), indent=1, ensure_ascii=False) + "\n"
+    ignore = folder / ".gitignore"
+    if missing := _not_ignored(ignore):
+        before = ignore.read_text(encoding="utf-8") if ignore.is_file() else ""
+        files[ignore] = (
+            before + ("\n" if before and not before.endswith("\n") else "") + "".join(f"{line}\n" for line in missing)
+        )
+    for path, content in files.items():
+        write_atomic(path, content)
+    path = folder / "leanplan.yaml"
+    emit(options, {"written": [str(p) for p in files], "model": model}, "\n".join(f"wrote {p}" for p in files))
+    say(f"next: edit the budgets in {path}; leanplan validate {path}; leanplan plan {path}", quiet=options.quiet)
+    return 0
+
+
+def _needs_quotes(text: str) -> bool:
+    import re
+
+    return (
+        not re.fullmatch(r"[A-Za-z0-9._/][A-Za-z0-9._/-]*", text)
+        or re.fullmatch(r"[0-9.eE+]+|true|false|null|", text.lower()) is not None
+    )
+
+
+def _model(folder: Path, given: str | None) -> str:
+    """Return the model to name in the spec: a path from its folder, or a hub id."""
+    import os
+
+    if given and not Path(given).is_dir():
+        return given
+    found = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("models/*"))] if folder.is_dir() else []
+    model = Path(given) if given else next((p for p in found if (p / "config.json").is_file()), None)
+    return EXAMPLE_MODEL if model is None else Path(os.path.relpath(model, folder)).as_posix()
+
+
+def _not_ignored(ignore: Path) -> list[str]:
+    there = ignore.read_text(encoding="utf-8").splitlines() if ignore.is_file() else []
+    return [line for line in IGNORED if line not in (t.strip() for t in there)]
