@@ -47,7 +47,12 @@ def main(rounds: int = 9) -> dict[str, object]:
         for name, command in COMMANDS.items():
             samples[name].append(once(command))
     rows = {
-        name: {"median_s": round(statistics.median(s), 4), "min_s": round(min(s), 4), "max_s": round(max(s), 4), "target_s": TARGET_S.get(name)}
+        name: {
+            "median_s": round(statistics.median(s), 4),
+            "min_s": round(min(s), 4),
+            "max_s": round(max(s), 4),
+            "target_s": TARGET_S.get(name),
+        }
         for name, s in samples.items()
     }
     result = {"rounds": rounds, "python": platform.python_version(), "machine": platform.machine(), "rows": rows}

@@ -64,12 +64,18 @@ def main() -> None:
     measured = []
     for i, plan in enumerate(kinds["drawn"][:12]):
         values = estimate(plan, MODEL, WORKLOAD, machine).values
-        figures = {k: Figure(value=v.mid * 1.3 + 1e-12, low=v.low, high=v.high, n=5) for k, v in values.items() if v.mid > 0}
+        figures = {
+            k: Figure(value=v.mid * 1.3 + 1e-12, low=v.low, high=v.high, n=5) for k, v in values.items() if v.mid > 0
+        }
         measured.append(Measurement(plan=plan, key=str(i), hardware_fingerprint=machine.fingerprint, figures=figures))
     began = time.process_time()
     calibration = calibrate.fit(measured, MODEL, WORKLOAD, machine)
-    print(f"calibration from {len(measured)} measurements: {time.process_time() - began:.2f} s, scikit-learn's import included")
-    for (order, plans), (name, learned) in itertools.product(kinds.items(), (("prior", None), ("calibrated", calibration))):
+    print(
+        f"calibration from {len(measured)} measurements: {time.process_time() - began:.2f} s, scikit-learn's import included"
+    )
+    for (order, plans), (name, learned) in itertools.product(
+        kinds.items(), (("prior", None), ("calibrated", calibration))
+    ):
         for memo in ("cold", "warm"):
             rates = []
             for _ in range(options.repeats):
@@ -80,7 +86,9 @@ def main() -> None:
                 rates.append(len(plans) / (time.process_time() - began))
             steps = statistics.mean(len(p.steps) for p in plans)
             median = statistics.median(rates)
-            print(f"{order} ({len(plans):,} plans, {steps:.1f} steps) {name:10} {memo}: {median:9,.0f} plans/s, best {max(rates):,.0f}")
+            print(
+                f"{order} ({len(plans):,} plans, {steps:.1f} steps) {name:10} {memo}: {median:9,.0f} plans/s, best {max(rates):,.0f}"
+            )
 
 
 if __name__ == "__main__":

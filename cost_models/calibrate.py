@@ -87,7 +87,13 @@ def _observe(
     chosen, errors = [], []
     for i, measurement in enumerate(good):
         figure = measurement.figures.get(term.QUANTITY)
-        if figure is not None and figure.source == "measured" and priors[0, i] > 0 and figure.value + shift > 0 and mids[i] > 0:
+        if (
+            figure is not None
+            and figure.source == "measured"
+            and priors[0, i] > 0
+            and figure.value + shift > 0
+            and mids[i] > 0
+        ):
             chosen.append(i)
             errors.append(math.log((figure.value + shift) / mids[i]))
     return effects.take(chosen), priors[:, chosen], np.array(errors)

@@ -42,7 +42,9 @@ class Effects:
         pairs = [np.flatnonzero(self.rows == i) for i in indices]
         rows = np.repeat(np.arange(len(indices)), [len(p) for p in pairs])
         chosen = np.concatenate(pairs) if pairs else np.array([], dtype=int)
-        return Effects(plans=len(indices), rows=rows, ids=self.ids[chosen], shares=self.shares[chosen], own=self.own[chosen])
+        return Effects(
+            plans=len(indices), rows=rows, ids=self.ids[chosen], shares=self.shares[chosen], own=self.own[chosen]
+        )
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all effects some plan takes part in, sorted."""
@@ -109,7 +111,9 @@ def _effects(node: Node, kind: str) -> tuple[tuple[int, ...], tuple[float, ...],
             node.effects[kind] = (steps, (0.0,) * len(steps), own)
         else:
             engine, weight_format, _, compiled = node.key
-            common = _common_numbers(node.demand.model.digest, engine, f"{weight_format}{'/compiled' if compiled else ''}")
+            common = _common_numbers(
+                node.demand.model.digest, engine, f"{weight_format}{'/compiled' if compiled else ''}"
+            )
             own = (0.0,) * len(common) + _own_shares([gain for _, _, gain in node.steps])
             node.effects[kind] = ((*common, *steps), _COMMON_SHARES + _STEP_SHARES * len(node.steps), own)
     return node.effects[kind]

@@ -66,7 +66,11 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
     model = dict(zip((*MODEL_NUMBERS, "window"), (*rest[:-2], rest[-1]), strict=True))
     rates = _rates(nodes, rest[-2], hardware.device)
     return Case(
-        demand=SimpleNamespace(**demand), model=SimpleNamespace(**model), rates=rates, workload=workload, hardware=hardware
+        demand=SimpleNamespace(**demand),
+        model=SimpleNamespace(**model),
+        rates=rates,
+        workload=workload,
+        hardware=hardware,
     )
 
 

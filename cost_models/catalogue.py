@@ -35,7 +35,9 @@ def find_machine(name: str) -> Hardware:
     if row is None:
         near = difflib.get_close_matches(plain.lower().replace("_", "-").replace(" ", "-"), names(), n=3, cutoff=0.4)
         guess = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
-        raise BadInput(f"unknown machine `{name}`{guess}", hint="leanplan ls machines; `local` is this one", where="hardware")
+        raise BadInput(
+            f"unknown machine `{name}`{guess}", hint="leanplan ls machines; `local` is this one", where="hardware"
+        )
     if not row["memory_bytes_per_s"]:
         raise EnvironmentProblem(
             f"the memory bandwidth of `{plain}` is not known, so its speed cannot be predicted",
@@ -77,7 +79,9 @@ def _memory_bytes(row: dict[str, str], size: str) -> int:
     if size:
         found = _SIZE.fullmatch(size.strip())
         if not found or not float(found[1]) > 0:
-            raise BadInput(f"cannot read the memory size `{size}`", hint=f"write for example {row['name']}:64GB", where="hardware")
+            raise BadInput(
+                f"cannot read the memory size `{size}`", hint=f"write for example {row['name']}:64GB", where="hardware"
+            )
         return round(float(found[1]) * 2**30)  # memory modules come in binary units whichever way they are labelled
     if row["memory_bytes"]:
         return int(row["memory_bytes"])

@@ -112,7 +112,9 @@ class Node:
         self.key = (demand.engine, demand.weight_format, demand.compute_dtype, demand.compiled)
         self.children: dict[Step, Node] = {}
         self.seen: dict[int, tuple[Step, Node]] = {}  # children by the Step object, which spares hashing it again
-        self.effects: dict[str, tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]] = {}  # kept here by calibration.py
+        self.effects: dict[
+            str, tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
+        ] = {}  # kept here by calibration.py
         self._row: tuple[float, ...] | None = None
 
     @property

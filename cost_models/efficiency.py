@@ -102,7 +102,9 @@ def overhead(engine: str, kind: str, features: frozenset[str]) -> Overhead:
 
 def kv_bytes_per_value(engine: str) -> float | None:
     """Return the bytes an engine keeps for one number of its cache; None: as wide as the compute dtype."""
-    return _number(next((r["kv_bytes_per_value"] for r in read_rows("engine_overheads.csv") if r["engine"] == engine), ""))
+    return _number(
+        next((r["kv_bytes_per_value"] for r in read_rows("engine_overheads.csv") if r["engine"] == engine), "")
+    )
 
 
 def rate(device: Device, dtype: str) -> float:

@@ -93,7 +93,9 @@ def estimate(
             mid, low, high = (float(np.broadcast_to(v, (1,))[0]) for v in interval(term, prediction))
             learned = calibration is not None and calibration.knows(term)
             source = "calibrated" if learned else "published" if _learns(term) == "quality" else "analytic"
-            values[term.QUANTITY] = Value(mid=mid, low=low, high=high, source=source, because=because(prediction, nodes[0], term))
+            values[term.QUANTITY] = Value(
+                mid=mid, low=low, high=high, source=source, because=because(prediction, nodes[0], term)
+            )
     return Estimate(plan_id=plan.id, hardware_name=hardware.name, values=values)
 
 

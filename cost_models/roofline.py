@@ -65,7 +65,10 @@ def prefill_parts(case: Case) -> Parts:
     device = {
         "weights": matrices_s(read, demand.linear_flop_per_token * tokens, case),
         "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * demand.batch, case),
-        "attention": demand.batch * causal_pairs(prompt, case.model.window) * demand.attention_flop_per_token_pair / rates.flop_per_s
+        "attention": demand.batch
+        * causal_pairs(prompt, case.model.window)
+        * demand.attention_flop_per_token_pair
+        / rates.flop_per_s
         + demand.batch * prompt * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
     }
     return _with_host(device, chunks * demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)

@@ -1,10 +1,10 @@
 """The errors a user can cause or meet. One class for each exit code; anything else is a bug of ours.
 
-    LeanplanError
-    ├── BadInput            2   usage, spec, model or data
-    ├── NoFeasiblePlan      1   nothing can meet the budgets
-    ├── EnvironmentProblem  4   engine, device, disk, network, permission, lock
-    └── CandidateFailed     -   one candidate failed; recorded as a result, never ends a run
+LeanplanError
+├── BadInput            2   usage, spec, model or data
+├── NoFeasiblePlan      1   nothing can meet the budgets
+├── EnvironmentProblem  4   engine, device, disk, network, permission, lock
+└── CandidateFailed     -   one candidate failed; recorded as a result, never ends a run
 """
 
 from __future__ import annotations

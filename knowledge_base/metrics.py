@@ -88,6 +88,7 @@ def find_metric(text: str) -> tuple[Metric, str]:
     metric = METRICS[name]
     if statistic and not metric.sampled:
         raise BadInput(
-            f"`{metric.label}` is one number, it has no `{statistic}`", hint=f"write `{metric.label}` without a statistic"
+            f"`{metric.label}` is one number, it has no `{statistic}`",
+            hint=f"write `{metric.label}` without a statistic",
         )
     return metric, statistic or ("p50" if metric.sampled else "mean")

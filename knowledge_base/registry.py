@@ -45,9 +45,7 @@ class Folder:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             guess = f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
-            raise BadInput(
-                f"unknown {self.noun} `{name}`.{guess}", hint=f"known {self.noun}s: {', '.join(known)}"
-            )
+            raise BadInput(f"unknown {self.noun} `{name}`.{guess}", hint=f"known {self.noun}s: {', '.join(known)}")
         module = importlib.import_module(f"{self.package}.{name}")
         missing = [attribute for attribute in self.required if not hasattr(module, attribute)]
         if missing:

@@ -47,6 +47,7 @@ _COMPARE = {
 _CLAUSE = re.compile(r"([ab])\.([a-z_]+) (<=|>=|!=|==|<|>) ([\w.-]+)")
 
 Knobs = Mapping[str, Any]
+_Clauses = tuple[Callable[[Knobs, Knobs], bool], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def selects(selector: str, name: str, technique: Technique) -> bool:
 
 
 @lru_cache(maxsize=256)
-def parse_condition(text: str) -> tuple[Callable[[Knobs, Knobs], bool], ...]:
+def parse_condition(text: str) -> _Clauses:
     """Return the clauses of a condition as functions of the knobs of `a` and `b`; an empty text has none.
 
     Raises:
@@ -201,8 +202,8 @@ def _rank(name: str) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _verdict(names: tuple[str, ...]) -> tuple[str | None, tuple[tuple[int, int, Rule], ...]]:
-    """Return (why these techniques never go together, (place of a, place of b, rule) to check against knobs)."""
+def _verdict(names: tuple[str, ...]) -> tuple[str | None, tuple[tuple[int, int, _Clauses, Rule], ...]]:
+    """Return (why these techniques never go together, (place of a, place of b, clauses, rule) to check)."""
     for name in names:
         _rank(name)
     known = _known()
@@ -217,7 +218,7 @@ def _verdict(names: tuple[str, ...]) -> tuple[str | None, tuple[tuple[int, int, 
                 if selects(rule.a, first, known[first]) and selects(rule.b, second, known[second]):
                     if not rule.condition:
                         return _sentence(rule, first, second), ()
-                    conditional.append((x, y, rule))
+                    conditional.append((x, y, parse_condition(rule.condition), rule))
         if known[a].family == known[b].family:
             return f"`{a}` and `{b}` are alternatives: a plan holds one technique of family `{known[a].family}`", ()
     return None, tuple(conditional)
@@ -269,8 +270,12 @@ def order(steps: Sequence[Step]) -> tuple[Step, ...]:
 def conflict(steps: Sequence[Step]) -> str | None:
     """Return one sentence with its source on why these steps cannot be one plan, or None. Their order is free."""
     sentence, conditional = _verdict(tuple([step.technique for step in steps]))
-    for i, j, rule in conditional:
-        if rule.holds(steps[i].knobs, steps[j].knobs):
+    for i, j, clauses, rule in conditional:
+        a, b = steps[i].knobs, steps[j].knobs
+        for clause in clauses:
+            if not clause(a, b):
+                break
+        else:
             return _sentence(rule, steps[i].technique, steps[j].technique)
     return sentence
 

@@ -432,3 +432,22 @@ def _from_python(
             f"{node.name} cannot be {quote(type(data).__name__)}", hint='write text, e.g. "50 ms", or a whole number'
         )
     return node
+
+
+def write_yaml(value: Any) -> str:
+    """Return a value as YAML that `parse_yaml` reads back as it was.
+
+    PyYAML quotes text that YAML 1.1 would take for something else; ours is YAML 1.2, so what looks like a number,
+    boolean or nothing there is quoted as well.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
+        looks_other = any(pattern.fullmatch(data) for _, pattern in _PLAIN_TYPES)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="'" if looks_other else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10**6)

@@ -75,7 +75,9 @@ def failed(result: PlanResult) -> bool:
 def sentence(best: PlanResult | None, results: Sequence[PlanResult], objectives: Sequence[str], measured: bool) -> str:
     """Return the answer in one sentence."""
     if best is None:
-        inconclusive = [r for r in results if not failed(r) and r.verdicts and all(v.outcome != "not met" for v in errors(r))]
+        inconclusive = [
+            r for r in results if not failed(r) and r.verdicts and all(v.outcome != "not met" for v in errors(r))
+        ]
         if inconclusive:
             return f"No plan is certain to meet every budget; {len(inconclusive)} cannot be told apart from it."
         return "No plan meets every budget."
@@ -100,7 +102,9 @@ def errors(result: PlanResult) -> list[Verdict]:
     return [v for v in result.verdicts if v.budget.level == "error"]
 
 
-def reasons(result: PlanResult, results: Sequence[PlanResult], price: Mapping[Plan, Estimate], objectives: Sequence[str]) -> tuple[str, ...]:
+def reasons(
+    result: PlanResult, results: Sequence[PlanResult], price: Mapping[Plan, Estimate], objectives: Sequence[str]
+) -> tuple[str, ...]:
     """Return why a plan is what it is: what each step bought and cost, and which budgets bind.
 
     A step's effect is measured where the same plan without it was measured too, else predicted, and said so.
@@ -118,11 +122,24 @@ def reasons(result: PlanResult, results: Sequence[PlanResult], price: Mapping[Pl
         if result.plan in by_plan and fewer in by_plan:
             before, after, kind = by_plan[fewer], result, "measured"
         elif fewer in price and result.plan in price:
-            before, after, kind = PlanResult(plan=fewer, estimate=price[fewer]), PlanResult(plan=result.plan, estimate=price[result.plan]), "predicted"
+            before, after, kind = (
+                PlanResult(plan=fewer, estimate=price[fewer]),
+                PlanResult(plan=result.plan, estimate=price[result.plan]),
+                "predicted",
+            )
         else:
             continue
         effects = []
-        for name in dict.fromkeys([*(find_metric(o)[0].name for o in objectives), "tpot_s", "ttft_s", "peak_memory_bytes", "artefact_bytes", "quality_loss_ratio"]):
+        for name in dict.fromkeys(
+            [
+                *(find_metric(o)[0].name for o in objectives),
+                "tpot_s",
+                "ttft_s",
+                "peak_memory_bytes",
+                "artefact_bytes",
+                "quality_loss_ratio",
+            ]
+        ):
             a, b = value_of(before, name), value_of(after, name)
             if a is None or b is None:
                 continue
@@ -132,7 +149,9 @@ def reasons(result: PlanResult, results: Sequence[PlanResult], price: Mapping[Pl
             elif a and abs(b / a - 1) >= 0.01:
                 effects.append(f"{METRICS[name].label} {b / a - 1:+.0%}")
         lines.append(f"{step}: {', '.join(effects) or 'no effect of 1 % or more'} ({kind})")
-    binding = sorted((v for v in result.verdicts if slack(v) is not None and v.outcome == "met"), key=lambda v: slack(v) or 0.0)
+    binding = sorted(
+        (v for v in result.verdicts if slack(v) is not None and v.outcome == "met"), key=lambda v: slack(v) or 0.0
+    )
     if binding:
         lines.append(f"tightest budget: {binding[0].sentence} ({slack(binding[0]):.0%} to spare)")
     return tuple(lines)
@@ -146,7 +165,9 @@ def slack(verdict: Verdict) -> float | None:
     return (1 - value / verdict.limit) * (1 if verdict.budget.bound == "max" else -1)
 
 
-def rejections(results: Sequence[PlanResult], refused: Sequence[Rejection], infeasible: Mapping[str, int]) -> tuple[Rejection, ...]:
+def rejections(
+    results: Sequence[PlanResult], refused: Sequence[Rejection], infeasible: Mapping[str, int]
+) -> tuple[Rejection, ...]:
     """Return what was not chosen: measured and beyond a budget, predicted beyond one, refused by a rule.
 
     Args:
@@ -157,8 +178,14 @@ def rejections(results: Sequence[PlanResult], refused: Sequence[Rejection], infe
         beyond = [v.sentence for v in errors(result) if v.outcome == "not met"]
         if result.measurement and not failed(result) and beyond:
             out.append(Rejection(what=result.plan.words, why="; ".join(beyond), kind="measured"))
-    causes = Counter((r.measurement.failure.kind, r.measurement.failure.message) for r in results if r.measurement and r.measurement.failure)
-    out += [Rejection(what=f"{kind} candidates", why=why, kind="failed", count=n) for (kind, why), n in causes.most_common()]
+    causes = Counter(
+        (r.measurement.failure.kind, r.measurement.failure.message)
+        for r in results
+        if r.measurement and r.measurement.failure
+    )
+    out += [
+        Rejection(what=f"{kind} candidates", why=why, kind="failed", count=n) for (kind, why), n in causes.most_common()
+    ]
     for label, count in sorted(infeasible.items(), key=lambda item: -item[1]):
         if count:
             out.append(Rejection(what="priced plans", why=f"predicted beyond {label}", kind="predicted", count=count))

@@ -90,10 +90,15 @@ def _spec_of(model: str | Path | None, spec: str | Path | None, budgets: Any, fi
     from planner import spec as specs
 
     if (model is None) == (spec is None):
-        raise BadInput("give either a model or a spec file", hint='plan("models/tiny-lm", budgets={...}) or plan(spec="leanplan.yaml")')
+        raise BadInput(
+            "give either a model or a spec file",
+            hint='plan("models/tiny-lm", budgets={...}) or plan(spec="leanplan.yaml")',
+        )
     if spec is not None:
         if budgets or fields:
-            raise BadInput("a spec file and spec fields were both given", hint="put them in the file, or pass all as arguments")
+            raise BadInput(
+                "a spec file and spec fields were both given", hint="put them in the file, or pass all as arguments"
+            )
         return specs.load(spec)
     as_values = [b for b in budgets if isinstance(b, Budget)] if not isinstance(budgets, Mapping) else []
     data = {"version": 1, "goal": "serve", "model": str(model), **fields}

@@ -74,7 +74,11 @@ class CheckResult:
 
 
 def check(
-    spec: str | Path | Spec, *, settings: Settings | None = None, progress: Progress | None = None, lock: Path | None = None
+    spec: str | Path | Spec,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    lock: Path | None = None,
 ) -> CheckResult:
     """Measure the locked plan (the unchanged model where there is no lock) beside the unchanged model, and judge it.
 
@@ -103,9 +107,13 @@ def check(
     else:
         plan = replace(locked.plan, model_digest=prepared.model.digest)
         if locked.plan.model_digest != prepared.model.digest:
-            notes.append("the model changed since the lock was written; the locked steps are applied to the model as it is now")
+            notes.append(
+                "the model changed since the lock was written; the locked steps are applied to the model as it is now"
+            )
         if plan.engine not in prepared.space.options:
-            raise EnvironmentProblem(f"the locked plan needs the engine {plan.engine}, which cannot run here", hint="leanplan doctor")
+            raise EnvironmentProblem(
+                f"the locked plan needs the engine {plan.engine}, which cannot run here", hint="leanplan doctor"
+            )
     if settings.predict:
         answer, result = _predicted(prepared, plan)
     else:
@@ -113,13 +121,19 @@ def check(
         answer = run.go(only=(plan, locked.allocation if locked else None))
         result = next(r for r in answer.results if r.plan == plan)
         if failure := result.measurement.failure if result.measurement else None:
-            raise EnvironmentProblem(f"the plan could not be measured: {failure.kind}: {failure.message}", hint=f"log in {answer.folder}")
+            raise EnvironmentProblem(
+                f"the plan could not be measured: {failure.kind}: {failure.message}", hint=f"log in {answer.folder}"
+            )
     regressions: list[Regression] = []
     if locked and result.measurement:
         same = locked.hardware_fingerprint == prepared.hardware.fingerprint
         if not same:
-            notes.append(f"the lock was measured on another machine ({locked.hardware_name}): times are not compared, sizes and quality are")
-        regressions = compare(locked.figures, result.measurement.figures, slack=spec.check.regression_ratio, same_machine=same)
+            notes.append(
+                f"the lock was measured on another machine ({locked.hardware_name}): times are not compared, sizes and quality are"
+            )
+        regressions = compare(
+            locked.figures, result.measurement.figures, slack=spec.check.regression_ratio, same_machine=same
+        )
     return CheckResult(
         name=f"leanplan.{spec.goal}.{prepared.model.name}", plan=plan, verdicts=result.verdicts, regressions=tuple(regressions),
         notes=tuple(notes), measured=not settings.predict, answer=answer,
@@ -183,12 +197,20 @@ def _predicted(prepared, plan: Plan) -> tuple[ParetoSet, PlanResult]:  # type: i
     problem = loop.problem_of(prepared)
     reference = problem.price([loop.baseline_plan(problem)]).problem_baseline()
     estimate = cost_models.estimate(plan, problem.model, problem.workload, problem.hardware)
-    return answer, PlanResult(plan=plan, estimate=estimate, verdicts=judge(prepared.spec.budgets, baseline=reference, estimate=estimate))
+    return answer, PlanResult(
+        plan=plan, estimate=estimate, verdicts=judge(prepared.spec.budgets, baseline=reference, estimate=estimate)
+    )
 
 
 def _require_measurable(counters: Sequence[str], spec: Spec, predict: bool) -> None:
     for budget in spec.budgets:
-        if METRICS[budget.metric].resource == "energy" and budget.level == "error" and budget.source != "any" and not counters and not predict:
+        if (
+            METRICS[budget.metric].resource == "energy"
+            and budget.level == "error"
+            and budget.source != "any"
+            and not counters
+            and not predict
+        ):
             raise EnvironmentProblem(
                 f"{budget.label}: energy can only be modelled here (no energy counter)",
                 hint="allow it with source: any, or set level: warn",

@@ -53,7 +53,9 @@ def prepare_data(spec: Spec, model: Model, model_folder: Path, store: Path) -> D
     notes = []
     if path is None:
         path = bundled("heldout")
-        notes.append("held-out text: the bundled default (Python library source); give quality.data for your own domain")
+        notes.append(
+            "held-out text: the bundled default (Python library source); give quality.data for your own domain"
+        )
     heldout_text = texts.read_text(path)
     heldout_ids = texts.tokenise(model_folder, heldout_text)
     effort_windows, effort_tokens = WINDOWS[spec.search.effort]
@@ -77,7 +79,10 @@ def prepare_data(spec: Spec, model: Model, model_folder: Path, store: Path) -> D
                 hint="use texts that share nothing, for example different files",
             )
         calibration = calibration_windows(
-            spec.calibration.data, model_folder, spec.calibration.samples or CALIBRATION_WINDOWS, min(CALIBRATION_TOKENS, model.max_context_tokens)
+            spec.calibration.data,
+            model_folder,
+            spec.calibration.samples or CALIBRATION_WINDOWS,
+            min(CALIBRATION_TOKENS, model.max_context_tokens),
         )
         identity.append(calibration)
     prompts = _prompts(heldout_ids, spec.workload)

@@ -52,9 +52,13 @@ def find_run(text: str | None, root: Path) -> ParetoSet:
     entries = [e for e in runs(root) if e.finished]
     if text is None:
         if not entries:
-            raise BadInput(f"no finished run in {root}", hint="make one: leanplan plan SPEC, or name its folder with --run-dir")
+            raise BadInput(
+                f"no finished run in {root}", hint="make one: leanplan plan SPEC, or name its folder with --run-dir"
+            )
         return load(max(entries, key=lambda e: (e.path / "result.json").stat().st_mtime).path)
-    matches = [e for e in entries if e.name == text] or [e for e in entries if e.name.startswith(text) or e.name.endswith(text)]
+    matches = [e for e in entries if e.name == text] or [
+        e for e in entries if e.name.startswith(text) or e.name.endswith(text)
+    ]
     if len(matches) != 1:
         raise BadInput(
             f"{'no' if not matches else len(matches)} finished runs match `{text}` in {root}", hint="leanplan ls runs"
@@ -77,7 +81,10 @@ def find_plan(text: str, root: Path, run: str | None = None) -> tuple[ParetoSet,
     for answer in sets:
         matches = [r for r in answer.results if r.plan.id.startswith(text)]
         if len(matches) > 1:
-            raise BadInput(f"`{text}` starts {len(matches)} plan ids", hint="give more digits: " + ", ".join(r.plan.id for r in matches))
+            raise BadInput(
+                f"`{text}` starts {len(matches)} plan ids",
+                hint="give more digits: " + ", ".join(r.plan.id for r in matches),
+            )
         if matches:
             return answer, matches[0]
     raise BadInput(f"no plan `{text}` in the runs of {root}", hint="leanplan ls plans")

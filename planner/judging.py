@@ -42,7 +42,13 @@ def judge(
 def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Verdict:
     if limit is None or figure is None:
         missing = "the unchanged model's figure" if limit is None else "a figure"
-        return Verdict(budget=budget, outcome="not judged", limit=limit or 0.0, figure=figure, sentence=f"{budget.label}: no {missing}")
+        return Verdict(
+            budget=budget,
+            outcome="not judged",
+            limit=limit or 0.0,
+            figure=figure,
+            sentence=f"{budget.label}: no {missing}",
+        )
     if figure.source != "measured" and budget.source != "any":
         return Verdict(
             budget=budget, outcome="not judged", limit=limit, figure=figure,
@@ -57,7 +63,13 @@ def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Ve
             sentence=f"{budget.label}: {figure.n} samples are too few for a {budget.statistic}",
         )  # fmt: skip
     verdict = statistics.judge(figure, limit, budget.bound, budget.statistic)
-    return Verdict(budget=budget, outcome=verdict, limit=limit, figure=figure, sentence=_sentence(budget, verdict, value, low, high, limit))
+    return Verdict(
+        budget=budget,
+        outcome=verdict,
+        limit=limit,
+        figure=figure,
+        sentence=_sentence(budget, verdict, value, low, high, limit),
+    )
 
 
 def _of_ratio(budget: Budget, ratio: Figure) -> Verdict:

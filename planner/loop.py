@@ -82,7 +82,9 @@ def predicted(prepared: Prepared) -> ParetoSet:
     results = _best_predicted(priced, spec)
     best = answering.recommend(results, spec.objectives)
     price = _prices(problem, [best.plan] if best else [])
-    results = [replace(r, why=answering.reasons(r, results, price, spec.objectives) if r is best else ()) for r in results]
+    results = [
+        replace(r, why=answering.reasons(r, results, price, spec.objectives) if r is best else ()) for r in results
+    ]
     return ParetoSet(
         run_id=f"predicted-{digest([plain(spec_facts(spec)), prepared.model.digest])[:8]}",
         model=prepared.model, hardware=prepared.hardware, workload=spec.workload, budgets=spec.budgets,
@@ -109,14 +111,19 @@ def search_plans(problem: Problem, spec: Spec, *, already_drawn: int = 0) -> Pri
     """Return priced plans. The seed moves on with what was measured, so that a resumed search does not repeat itself."""
     import search
 
-    return search.solve(problem, solver=spec.search.solver, effort=spec.search.effort, seed=spec.search.seed + already_drawn)
+    return search.solve(
+        problem, solver=spec.search.solver, effort=spec.search.effort, seed=spec.search.seed + already_drawn
+    )
 
 
 def spec_facts(spec: Spec) -> dict[str, Any]:
-    """Return what of a spec decides its results: all but where it lies and how long one may search."""
+    """Return what of a spec decides its results: all but where it and its texts lie, and how long one may search."""
     facts = plain(spec)
-    for name in ("folder", "check"):
+    for name in ("folder", "check", "quality"):
         facts.pop(name, None)
+    facts["budgets"] = [{k: v for k, v in b.items() if k not in ("text", "line")} for b in facts["budgets"]]
+    if facts["calibration"]:
+        facts["calibration"].pop("data")
     facts["search"] = {k: v for k, v in facts["search"].items() if k not in ("time_limit_s", "max_measured")}
     return facts
 
@@ -126,7 +133,18 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {}
-    for name in ("leanplan", "torch", "transformers", "torchao", "peft", "xllamacpp", "gguf", "optuna", "pulp", "numpy"):
+    for name in (
+        "leanplan",
+        "torch",
+        "transformers",
+        "torchao",
+        "peft",
+        "xllamacpp",
+        "gguf",
+        "optuna",
+        "pulp",
+        "numpy",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -167,7 +185,11 @@ def _prices(problem: Problem, plans: list[Plan]) -> dict[Plan, Estimate]:
     prices: dict[Plan, Estimate] = {}
     for plan in plans:
         prices |= answering.price_with_and_without(
-            plan, model=problem.model, workload=problem.workload, hardware=problem.hardware, calibration=problem.calibration
+            plan,
+            model=problem.model,
+            workload=problem.workload,
+            hardware=problem.hardware,
+            calibration=problem.calibration,
         )
     return prices
 
@@ -259,7 +281,13 @@ class Run:
         from planner.spec import as_yaml
 
         fingerprint = digest(
-            [spec_facts(self.spec), self.prepared.model.digest, self.prepared.hardware.fingerprint, self.data.id, versions()]
+            [
+                spec_facts(self.spec),
+                self.prepared.model.digest,
+                self.prepared.hardware.fingerprint,
+                self.data.id,
+                versions(),
+            ]
         )
         title = f"{self.spec.goal}-{self.prepared.model.name}"
         if self.settings.resume:
@@ -269,7 +297,9 @@ class Run:
             if not (path / "run.json").is_file():
                 raise BadInput(f"no run `{self.settings.resume}`", hint="leanplan ls runs")
         else:
-            folder, resumed = RunFolder.open(self.settings.run_root, fingerprint=fingerprint, title=title, fresh=self.settings.fresh)
+            folder, resumed = RunFolder.open(
+                self.settings.run_root, fingerprint=fingerprint, title=title, fresh=self.settings.fresh
+            )
         if resumed:
             done = len(list(folder.path.glob("plans/*/measurement.json")))
             self.progress.line(f"resuming {folder.path}: {done} measured")
@@ -323,15 +353,23 @@ class Run:
         results = [r for r in self._results() if not answering.failed(r)]
         best = answering.recommend(answering.mark_front(results, self.spec.objectives), self.spec.objectives)
         # What noise leaves undecided may still win: whatever is not surely beyond a budget takes part.
-        possible = [replace(r, verdicts=()) for r in results if all(v.outcome != "not met" for v in answering.errors(r))]
-        front = [r.plan for r in answering.mark_front(possible or results, self.spec.objectives) if r.on_front or len(results) == 2]
+        possible = [
+            replace(r, verdicts=()) for r in results if all(v.outcome != "not met" for v in answering.errors(r))
+        ]
+        front = [
+            r.plan
+            for r in answering.mark_front(possible or results, self.spec.objectives)
+            if r.on_front or len(results) == 2
+        ]
         baseline = self.baseline
         chosen = [p for p in dict.fromkeys([*([best.plan] if best else []), *front]) if p != baseline][:FINALISTS]
         if not chosen:
             return
         self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
         with self._timed("finals"):
-            for plan, (record, ratios) in validator.interleave(baseline, chosen, self.known.records, self.time_left()).items():
+            for plan, (record, ratios) in validator.interleave(
+                baseline, chosen, self.known.records, self.time_left()
+            ).items():
                 self._keep(record)
                 if plan != baseline:
                     self.known.finalists[plan] = ratios
@@ -344,7 +382,9 @@ class Run:
         self._stop_if_asked()
         record = None
         if not self.settings.fresh:
-            with contextlib.suppress(CandidateFailed):  # whatever hinders here is met again, and recorded, when measuring
+            with contextlib.suppress(
+                CandidateFailed
+            ):  # whatever hinders here is met again, and recorded, when measuring
                 validator.allocate(plan)
             record = validator.known(plan)
         if record is None:
@@ -375,8 +415,14 @@ class Run:
         if failure := record.measurement.failure:
             self.progress.line(f"           failed: {failure.kind}: {failure.message}")
             return
-        shown = dict.fromkeys([*(find_metric(o)[0].name for o in self.spec.objectives), "ttft_s", "tpot_s", "quality_loss_ratio"])
-        parts = [f"{find_metric(n)[0].label} {figure_text(record.measurement.figures[n], n)}" for n in shown if n in record.measurement.figures]
+        shown = dict.fromkeys(
+            [*(find_metric(o)[0].name for o in self.spec.objectives), "ttft_s", "tpot_s", "quality_loss_ratio"]
+        )
+        parts = [
+            f"{find_metric(n)[0].label} {figure_text(record.measurement.figures[n], n)}"
+            for n in shown
+            if n in record.measurement.figures
+        ]
         self.progress.line("           " + ", ".join(parts))
 
     def _estimate(self, plan: Plan, calibration: Any) -> Estimate:
@@ -400,7 +446,9 @@ class Run:
         calibration = None
         if measured or others:
             recent = others[-OTHERS:]
-            calibration = calibrate.fit(measured, self.prepared.model, self.spec.workload, self.prepared.hardware, others=recent)
+            calibration = calibrate.fit(
+                measured, self.prepared.model, self.spec.workload, self.prepared.hardware, others=recent
+            )
         return problem_of(self.prepared, baseline=self._reference(), calibration=calibration)
 
     def _reference(self) -> dict[str, float]:
@@ -490,7 +538,9 @@ class Run:
         results = answering.mark_front(self._results(), spec.objectives)
         if len(results) > 1 and all(answering.failed(r) for r in results):
             causes = "; ".join(f"{r.what}: {r.why}" for r in answering.rejections(results, (), {})[:3])
-            raise EnvironmentProblem(f"every candidate failed: {causes}", hint="leanplan doctor; the logs are in the run folder")
+            raise EnvironmentProblem(
+                f"every candidate failed: {causes}", hint="leanplan doctor; the logs are in the run folder"
+            )
         best = answering.recommend(results, spec.objectives)
         problem = self._problem()
         price = _prices(problem, [r.plan for r in results if r.on_front])

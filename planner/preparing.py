@@ -54,6 +54,12 @@ def prepare(
     from planner.reading import read_model
     from search.space import build_space
 
+    if spec.workload.requests_per_s is not None:
+        raise BadInput(
+            "arrival rates are not planned for yet: requests are served back to back",
+            hint="give workload.concurrency instead of workload.arrival_rate",
+            where="workload.arrival_rate",
+        )
     only_predict = predict or spec.hardware != "local"
     hardware = _with_prices(find(spec.hardware, store, tell=tell), spec)
     read = read_model(
@@ -86,12 +92,19 @@ def prepare(
     )
     if not space.options:
         raise EnvironmentProblem(
-            "no engine can serve this model here: " + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
+            "no engine can serve this model here: "
+            + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
             hint="leanplan doctor shows what is missing",
         )
     refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
     return Prepared(
-        spec=spec, model=model, folder=read.folder, hardware=hardware, space=space, refused=refused, notes=tuple(read.notes)
+        spec=spec,
+        model=model,
+        folder=read.folder,
+        hardware=hardware,
+        space=space,
+        refused=refused,
+        notes=tuple(read.notes),
     )
 
 
@@ -101,8 +114,12 @@ def _with_prices(hardware: Hardware, spec: Spec) -> Hardware:
     return replace(
         hardware,
         price_usd_per_h=hardware.price_usd_per_h if given.usd_per_h is None else given.usd_per_h,
-        electricity_usd_per_kwh=hardware.electricity_usd_per_kwh if given.electricity_usd_per_kwh is None else given.electricity_usd_per_kwh,
-        grid_gco2e_per_kwh=hardware.grid_gco2e_per_kwh if given.grid_gco2e_per_kwh is None else given.grid_gco2e_per_kwh,
+        electricity_usd_per_kwh=hardware.electricity_usd_per_kwh
+        if given.electricity_usd_per_kwh is None
+        else given.electricity_usd_per_kwh,
+        grid_gco2e_per_kwh=hardware.grid_gco2e_per_kwh
+        if given.grid_gco2e_per_kwh is None
+        else given.grid_gco2e_per_kwh,
         pue=hardware.pue if given.pue is None else given.pue,
     )
 
@@ -134,7 +151,8 @@ def _engines(spec: Spec, hardware: Hardware, *, predict: bool) -> tuple[tuple[st
             ready.append(name)
     if not ready:
         raise EnvironmentProblem(
-            "no engine can run here: " + "; ".join(f"{r.what}: {r.why}" for r in refused), hint="leanplan doctor shows what is missing"
+            "no engine can run here: " + "; ".join(f"{r.what}: {r.why}" for r in refused),
+            hint="leanplan doctor shows what is missing",
         )
     # The unchanged model is measured on transformers where that is possible: it reads any model as it came.
     ready.sort(key=lambda name: name != "transformers")

@@ -440,9 +440,9 @@ def _refuse_unstartable(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _known_architectures() -> frozenset[str]:
-    from knowledge_base.engines.transformers import _causal_architectures
+    from knowledge_base.engines.transformers import causal_architectures
 
-    return _causal_architectures()
+    return causal_architectures()
 
 
 def _refuse_unknown(kind: str, where: Path) -> None:

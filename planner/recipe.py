@@ -58,7 +58,9 @@ def read_recipe(path: Path) -> Recipe:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("schema") != SCHEMA:
-            raise BadInput("plan.json has another schema than 1", where=str(path), hint="open it with the version that wrote it")
+            raise BadInput(
+                "plan.json has another schema than 1", where=str(path), hint="open it with the version that wrote it"
+            )
         data.pop("words", None)
         return restore(Recipe, data)
     except (FileNotFoundError, IsADirectoryError) as error:

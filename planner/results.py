@@ -72,8 +72,12 @@ class ParetoSet:
     measured: bool = True
     sentence: str = ""  # the answer in one sentence
     conflicts: tuple[str, ...] = ()  # when nothing fits: which budgets conflict, nearest plans
-    prediction_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric -> median_ratio, coverage, n
-    search: Mapping[str, Any] = field(default_factory=dict)  # solver, seed, plans legal / priced / measured, seconds by stage
+    prediction_errors: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # metric -> median_ratio, coverage, n
+    search: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # solver, seed, plans legal / priced / measured, seconds by stage
     provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, data hashes, machine state, warnings
     folder: str | None = None
 
@@ -149,9 +153,13 @@ def load(folder: str | Path) -> ParetoSet:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("schema", None) != 1:
-            raise BadInput("result.json has another schema than 1", where=str(path), hint="open it with the version that wrote it")
+            raise BadInput(
+                "result.json has another schema than 1", where=str(path), hint="open it with the version that wrote it"
+            )
         return restore(ParetoSet, data)
     except FileNotFoundError as error:
         raise BadInput("no result.json here", where=str(folder), hint="list runs with: leanplan ls runs") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise BadInput(f"result.json is damaged: {error}", where=str(path), hint="resume the run: leanplan plan") from error
+        raise BadInput(
+            f"result.json is damaged: {error}", where=str(path), hint="resume the run: leanplan plan"
+        ) from error

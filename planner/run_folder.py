@@ -1,14 +1,14 @@
 """The folder of one run: what is in it, how it is named, and how an interrupted one is found again.
 
-    runs/2026-11-21T0934Z-serve-tiny-lm-7f3a/
-      run.json        fingerprint of the spec, machine and catalogue; written first
-      spec.yaml       as read, normalised
-      events.jsonl    one line for each thing that happened, in order
-      plans/<id>/     plan.json, recipe.yaml, measurement.json, log.txt
-      artefacts/<id>/ what was measured
-      study.db        the measured plans as an Optuna study
-      result.json     the answer; its presence says the run is finished
-      summary.md
+runs/2026-11-21T0934Z-serve-tiny-lm-7f3a/
+  run.json        fingerprint of the spec, machine and catalogue; written first
+  spec.yaml       as read, normalised
+  events.jsonl    one line for each thing that happened, in order
+  plans/<id>/     plan.json, recipe.yaml, measurement.json, log.txt
+  artefacts/<id>/ what was measured
+  study.db        the measured plans as an Optuna study
+  result.json     the answer; its presence says the run is finished
+  summary.md
 """
 
 from __future__ import annotations

@@ -726,9 +726,7 @@ def as_mapping(spec: Spec) -> dict[str, Any]:
 
 def as_yaml(spec: Spec) -> str:
     """Return a spec as YAML with every default written out; `load` of it, in the same folder, gives the same spec."""
-    import yaml
-
-    return yaml.safe_dump(as_mapping(spec), sort_keys=False, allow_unicode=True, default_flow_style=None, width=10**6)
+    return _yaml.write_yaml(as_mapping(spec))
 
 
 def schema() -> dict[str, Any]:

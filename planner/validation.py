@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 2  # a candidate whose planner died under it is tried this often
 SENSITIVITY_SHARE = 0.15  # of the time limit that measuring per-layer sensitivities may take
-LASTING = ("unsupported", "build_error", "load_error", "non_finite", "quality_collapse", "output_too_short", "invalid_result")
+LASTING = (
+    "unsupported",
+    "build_error",
+    "load_error",
+    "non_finite",
+    "quality_collapse",
+    "output_too_short",
+    "invalid_result",
+)
 CACHES = 64 * 2**20  # weights smaller than this may be read from caches faster than from memory
 
 
@@ -112,7 +120,12 @@ class Validator:
                 job = self._open(candidate, plan, built.folder)
                 stage = "measure"
                 observed = measuring.screen(
-                    job, self._protocol_in_time(), self.hardware, counters=self.counters, progress=self._tick(plan), waiting=self.run.progress.line
+                    job,
+                    self._protocol_in_time(),
+                    self.hardware,
+                    counters=self.counters,
+                    progress=self._tick(plan),
+                    waiting=self.run.progress.line,
                 )
                 figures |= observed.figures
                 record |= observed.protocol
@@ -127,7 +140,11 @@ class Validator:
         except _Collapsed as collapsed:
             figures |= collapsed.figures
             failure = collapsed.failure
-        record |= {"wall_s": time.monotonic() - began, "data": self.run.data.id, "threads_of_machine": self.hardware.device.cores}
+        record |= {
+            "wall_s": time.monotonic() - began,
+            "data": self.run.data.id,
+            "threads_of_machine": self.hardware.device.cores,
+        }
         measurement = Measurement(
             plan=plan, key=self.key(plan), hardware_fingerprint=self.hardware.fingerprint, figures=figures, failure=failure,
             artefact_digest=artefact_digest, protocol=record, versions=versions, warnings=tuple(warnings),
@@ -135,7 +152,12 @@ class Validator:
         )  # fmt: skip
         self._remember(plan, figures)
         self._write_recipe(plan, artefact_digest, versions)
-        return Record(measurement=measurement, model=self.model, workload=self.spec.workload, allocation=self.allocations.get(plan))
+        return Record(
+            measurement=measurement,
+            model=self.model,
+            workload=self.spec.workload,
+            allocation=self.allocations.get(plan),
+        )
 
     def interleave(
         self, baseline: Plan, plans: Sequence[Plan], records: Mapping[Plan, Record], time_left_s: float
@@ -154,7 +176,11 @@ class Validator:
         try:
             with contextlib.ExitStack() as candidates:
                 jobs = {
-                    plan.id: self._open(candidates.enter_context(self._started(plan, "finals")), plan, self.run.folder.artefacts / plan.id)
+                    plan.id: self._open(
+                        candidates.enter_context(self._started(plan, "finals")),
+                        plan,
+                        self.run.folder.artefacts / plan.id,
+                    )
                     for plan in chosen
                 }
                 observed = measuring.interleave(
@@ -168,7 +194,10 @@ class Validator:
         for plan in chosen:
             old, new = records[plan].measurement, observed[plan.id]
             measurement = replace(
-                old, figures={**old.figures, **new.figures}, protocol={**old.protocol, **new.protocol}, warnings=(*old.warnings, *new.warnings)
+                old,
+                figures={**old.figures, **new.figures},
+                protocol={**old.protocol, **new.protocol},
+                warnings=(*old.warnings, *new.warnings),
             )
             out[plan] = (replace(records[plan], measurement=measurement), new.ratios)
         return out
@@ -205,7 +234,9 @@ class Validator:
                 "calibration": str(self.run.data.calibration) if self.run.data.calibration else None,
                 "options": {"time_limit_s": max(10.0, SENSITIVITY_SHARE * self.spec.search.time_limit_s)},
             }  # fmt: skip
-            found = candidate.call("sensitivities", payload, timeout_s=limits.time_s, progress=self._tick(None))["sensitivities"]
+            found = candidate.call("sensitivities", payload, timeout_s=limits.time_s, progress=self._tick(None))[
+                "sensitivities"
+            ]
         write_json(path, found)
         return found
 
@@ -221,12 +252,18 @@ class Validator:
     def _quality(self, plan: Plan, candidate: Any, warnings: list[str]) -> Mapping[str, Figure]:
         data = self.run.data
         heldout = measuring.Heldout(
-            windows=data.heldout, count=data.windows, positions=data.positions, vocabulary=self.model.vocab_size, reference=self._reference
+            windows=data.heldout,
+            count=data.windows,
+            positions=data.positions,
+            vocabulary=self.model.vocab_size,
+            reference=self._reference,
         )
         if plan == self.run.baseline:
             return measuring.write_reference(candidate, heldout, progress=self._tick(plan))
         assert self.baseline_perplexity is not None, "the baseline is measured first"
-        observed = measuring.fidelity(candidate, heldout, self.baseline_perplexity, seed=self.spec.search.seed, progress=self._tick(plan))
+        observed = measuring.fidelity(
+            candidate, heldout, self.baseline_perplexity, seed=self.spec.search.seed, progress=self._tick(plan)
+        )
         warnings += observed.warnings
         if observed.failure:
             raise _Collapsed(observed.figures, observed.failure)
@@ -234,7 +271,12 @@ class Validator:
 
     def _open(self, candidate: Any, plan: Plan, folder: Path) -> measuring.Job:
         return measuring.open_artefact(
-            candidate, folder, self.spec.workload, self.run.data.prompts, read_s=self._read_s(plan), progress=self._tick(plan)
+            candidate,
+            folder,
+            self.spec.workload,
+            self.run.data.prompts,
+            read_s=self._read_s(plan),
+            progress=self._tick(plan),
         )
 
     def _read_s(self, plan: Plan) -> float:
@@ -251,7 +293,9 @@ class Validator:
         """A candidate process with a folder of its own, both gone afterwards."""
         folder = self.run.folder.path / "work" / f"{plan.id}-{purpose}"
         try:
-            with self.servers.start(engines.get(plan.engine).ENGINE.preload, folder=folder, limits=self._limits(), log=self._log(plan)) as candidate:
+            with self.servers.start(
+                engines.get(plan.engine).ENGINE.preload, folder=folder, limits=self._limits(), log=self._log(plan)
+            ) as candidate:
                 yield candidate
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -354,13 +398,20 @@ def rebuild(recipe: Recipe, out: Path, *, store: Path, progress: Progress, offli
 
     read = read_model(recipe.model, revision=recipe.revision, offline=offline)
     if read.folder is None or read.model.digest != recipe.model_digest:
-        raise BadInput("the model is not the one the plan was made for", where=recipe.model, hint="give the right one with --model, or plan again")
+        raise BadInput(
+            "the model is not the one the plan was made for",
+            where=recipe.model,
+            hint="give the right one with --model, or plan again",
+        )
     hardware = find("local", store)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".leanplan-build-") as work:
         calibration = None
         if recipe.calibration:
             rows = calibration_windows(
-                Path(recipe.calibration), read.folder, recipe.calibration_samples or CALIBRATION_WINDOWS, min(CALIBRATION_TOKENS, read.model.max_context_tokens)
+                Path(recipe.calibration),
+                read.folder,
+                recipe.calibration_samples or CALIBRATION_WINDOWS,
+                min(CALIBRATION_TOKENS, read.model.max_context_tokens),
             )
             calibration = save_windows(Path(work) / "calibration.npy", rows)
         limits = Limits(memory_bytes=hardware.memory_limit_bytes, time_s=24 * 3600.0, disk_bytes=2**50)

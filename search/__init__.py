@@ -27,4 +27,3 @@ def solve(problem: Problem, *, solver: str = "auto", effort: str = "quick", seed
     if solver == "auto":
         solver = "exhaustive" if problem.space.count() <= EFFORTS[effort].exhaustive_plans else "optuna_nsga2"
     return registry.get(solver).solve(problem, effort=EFFORTS[effort], seed=seed)
-

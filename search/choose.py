@@ -21,7 +21,12 @@ class Pick:
 
 
 def choose(
-    priced: Priced, count: int, *, known: Collection[Plan], failed: Collection[Plan] = (), longest_build_s: float = float("inf")
+    priced: Priced,
+    count: int,
+    *,
+    known: Collection[Plan],
+    failed: Collection[Plan] = (),
+    longest_build_s: float = float("inf"),
 ) -> list[Pick]:
     """Return up to `count` plans to measure next, best reason first.
 
@@ -36,14 +41,19 @@ def choose(
         longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
     builds = priced.figures["build_s"].mid
-    index = np.array([i for i, p in enumerate(priced.plans) if p not in known and builds[i] <= longest_build_s], dtype=int)
+    index = np.array(
+        [i for i, p in enumerate(priced.plans) if p not in known and builds[i] <= longest_build_s], dtype=int
+    )
     if not len(index) or count <= 0:
         return []
     candidates = priced.take(index)
     hope = candidates.violations("best")
     if np.all(hope > 0):
         nearest = np.argsort(candidates.violations("mid"), kind="stable")[:count]
-        return [Pick(plan=candidates.plans[i], why="no plan is predicted to meet the budgets; nearest to them") for i in nearest]
+        return [
+            Pick(plan=candidates.plans[i], why="no plan is predicted to meet the budgets; nearest to them")
+            for i in nearest
+        ]
     candidates = candidates.take(np.flatnonzero(hope <= 0))
     likely = np.flatnonzero(candidates.violations("mid") <= 0)
     expected = likely[front(candidates.costs("mid")[likely])] if len(likely) else np.array([], dtype=int)

@@ -96,7 +96,9 @@ class Priced:
         """Return the predicted figures of the unchanged model, for relative budgets before it was measured."""
         problem = self.problem
         plan = Plan(model_digest=problem.model.digest, engine=next(iter(problem.space.options), "transformers"))
-        figures = cost_models.estimate_many([plan], problem.model, problem.workload, problem.hardware, problem.calibration)
+        figures = cost_models.estimate_many(
+            [plan], problem.model, problem.workload, problem.hardware, problem.calibration
+        )
         return {name: float(values.mid[0]) for name, values in figures.items()}
 
     def limits(self) -> dict[str, float | None]:
@@ -106,6 +108,7 @@ class Priced:
     def take(self, indices: np.ndarray) -> Priced:
         """Return some of the plans, with their figures."""
         figures = {
-            name: type(v)(mid=v.mid[indices], low=v.low[indices], high=v.high[indices]) for name, v in self.figures.items()
+            name: type(v)(mid=v.mid[indices], low=v.low[indices], high=v.high[indices])
+            for name, v in self.figures.items()
         }
         return Priced(problem=self.problem, plans=tuple(self.plans[i] for i in indices), figures=figures)

@@ -102,7 +102,9 @@ def build_space(
             uncalibrated.append(name)
         elif executable and (missing := [m for m in technique.modules if importlib.util.find_spec(m) is None]):
             extra = f"leanplan[{technique.extra}]" if technique.extra else " ".join(missing)
-            refused.append(Refusal(what=name, why=f"{missing[0]} is not installed; pip install '{extra}'", kind="engine"))
+            refused.append(
+                Refusal(what=name, why=f"{missing[0]} is not installed; pip install '{extra}'", kind="engine")
+            )
         else:
             served = [e for e, engine in fitting.items() if technique.needs <= engine.ENGINE.offers]
             if not served:
@@ -138,5 +140,11 @@ def _settings(
             steps.append(Step(name, setting))
     refused = [Refusal(what=str(step), why=why, kind="rule") for why, step in reasons.items()]
     if len(refused) > 2:  # the same in other numbers: one example says it
-        refused = [Refusal(what=f"{len(refused)} settings of {name}", why=f"for example {refused[0].what}: {refused[0].why}", kind="rule")]
+        refused = [
+            Refusal(
+                what=f"{len(refused)} settings of {name}",
+                why=f"for example {refused[0].what}: {refused[0].why}",
+                kind="rule",
+            )
+        ]
     return tuple(steps), refused

@@ -58,7 +58,9 @@ def hang_with_child(state, payload, progress):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     first = subprocess.Popen([sys.executable, "-c", code])
     starter = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=-3, start_new_session=True).pid, flush=True)"
-    second = subprocess.run([sys.executable, "-c", starter, sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
+    second = subprocess.run(
+        [sys.executable, "-c", starter, sys.executable, "-c", code], stdout=subprocess.PIPE, check=False
+    )
     progress(f"{first.pid} {int(second.stdout)}", 0.0)
     hang(state, payload, lambda *_: None)
 

@@ -38,9 +38,9 @@ def imports(tree: ast.AST, *, top_only: bool) -> list[tuple[str, int]]:
             found.extend((alias.name.split(".")[0], node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.append(((node.module or "").split(".")[0], node.lineno))
-        elif top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return
-        elif top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        elif (top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)) or (
+            top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
             return
         for child in ast.iter_child_nodes(node):
             visit(child)

@@ -29,8 +29,9 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_registry_and_search_space_find_it(added: str) -> None:
-    from search.space import build_space
     from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
+
+    from search.space import build_space
 
     assert added in techniques.names()
     space = build_space(TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, engine_names=("transformers",), only=(added,))
@@ -39,9 +40,10 @@ def test_registry_and_search_space_find_it(added: str) -> None:
 
 
 def test_it_is_priced(added: str) -> None:
+    from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
+
     import cost_models
     from knowledge_base.types import Plan, Step
-    from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
     plan = Plan(model_digest=TOY_MODEL.digest, engine="transformers", steps=(Step(added, {"bits": 8}),))
     assert cost_models.estimate(plan, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE).values["tpot_s"].mid > 0

@@ -33,8 +33,12 @@ BATCH = 4
 HELDOUT_BYTES = 240_000
 CALIB_BYTES = 160_000
 SHAPES = {
-    "tiny-lm": dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=768),
-    "tiny-lm-draft": dict(hidden_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512),
+    "tiny-lm": dict(
+        hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=768
+    ),
+    "tiny-lm-draft": dict(
+        hidden_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512
+    ),
 }
 
 
@@ -110,7 +114,7 @@ def make_data() -> None:
     documents = parts["train"]
     random.Random(0).shuffle(documents)
     for encoding in tokenizer.encode_batch(documents):
-        tokens += encoding.ids + [0]
+        tokens += [*encoding.ids, 0]
     numpy.array(tokens, dtype=numpy.uint16).tofile(WORK / "train.bin")
     sizes = {part: sum(len(text.encode()) for text in texts) for part, texts in parts.items()}
     print(f"bytes {sizes}; train tokens {len(tokens):,}")
@@ -158,9 +162,17 @@ def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, rms_norm_eps=1e-5, rope_theta=10000.0,
-        attention_bias=False, mlp_bias=False, **SHAPES[name],
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        attention_bias=False,
+        mlp_bias=False,
+        **SHAPES[name],
     )
     out = MODELS / name
     earlier = json.loads((out / "training.json").read_text()) if go_on else {}
@@ -173,7 +185,10 @@ def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
     ]
     data = torch.from_numpy(numpy.fromfile(WORK / "train.bin", dtype=numpy.uint16).astype("int64"))
     heldout = tokens_of(TEXTS / "heldout.txt", name)
-    print(f"{name}: {model.num_parameters():,} parameters; unigram held-out loss {unigram_loss(data, heldout):.3f}", flush=True)
+    print(
+        f"{name}: {model.num_parameters():,} parameters; unigram held-out loss {unigram_loss(data, heldout):.3f}",
+        flush=True,
+    )
 
     log = earlier.get("course", [])
     generator = torch.Generator().manual_seed(int(earlier.get("steps", 0)))
@@ -190,7 +205,9 @@ def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
             at, epoch = 0, epoch + 1
             order = torch.randperm(len(data) // CONTEXT_TOKENS - 1, generator=generator)
         offset = int(torch.randint(0, CONTEXT_TOKENS, (1,), generator=generator))
-        batch = torch.stack([data[i * CONTEXT_TOKENS + offset :][:CONTEXT_TOKENS] for i in order[at : at + BATCH].tolist()])
+        batch = torch.stack(
+            [data[i * CONTEXT_TOKENS + offset :][:CONTEXT_TOKENS] for i in order[at : at + BATCH].tolist()]
+        )
         at += BATCH
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
@@ -203,7 +220,10 @@ def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
         seen += batch.numel()
         if step % 50 == 0:
             elapsed = time.monotonic() - start
-            print(f"step {step} epoch {epoch} {elapsed / 60:.1f} min loss {loss.item():.3f} {seen / elapsed:.0f} tokens/s", flush=True)
+            print(
+                f"step {step} epoch {epoch} {elapsed / 60:.1f} min loss {loss.item():.3f} {seen / elapsed:.0f} tokens/s",
+                flush=True,
+            )
         if time.monotonic() - last_note > 600:
             last_note = time.monotonic()
             minute = round((last_note - start) / 60 + earlier.get("minutes", 0), 1)
@@ -214,10 +234,15 @@ def train(name: str, minutes: float, threads: int, go_on: bool) -> None:
     final = heldout_loss(model, heldout)
     model.save_pretrained(out)
     facts = {
-        "parameters": model.num_parameters(), "train_tokens_seen": seen + earlier.get("train_tokens_seen", 0),
-        "steps": step + earlier.get("steps", 0), "minutes": minutes + earlier.get("minutes", 0), "threads": threads, "heldout_loss_nats_per_token": round(final, 4),
+        "parameters": model.num_parameters(),
+        "train_tokens_seen": seen + earlier.get("train_tokens_seen", 0),
+        "steps": step + earlier.get("steps", 0),
+        "minutes": minutes + earlier.get("minutes", 0),
+        "threads": threads,
+        "heldout_loss_nats_per_token": round(final, 4),
         "unigram_loss_nats_per_token": round(unigram_loss(data, heldout), 4),
-        "heldout_perplexity": round(math.exp(final), 3), "course": log,
+        "heldout_perplexity": round(math.exp(final), 3),
+        "course": log,
     }
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "README.md").write_text(card(name, facts), encoding="utf-8")

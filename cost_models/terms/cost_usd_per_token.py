@@ -37,4 +37,8 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
         parts["electricity"] = energy.mid * hardware.pue * electricity / J_PER_KWH
         doubts["electricity"] = energy.log_sd
     result = total(parts, doubts, 0.0, note)
-    return result if np.all(result.mid > 0) else Prediction(mid=result.mid, log_sd=throughput.log_sd, parts=parts, note=note)
+    return (
+        result
+        if np.all(result.mid > 0)
+        else Prediction(mid=result.mid, log_sd=throughput.log_sd, parts=parts, note=note)
+    )

@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 def accepts(model: Model) -> str | None:
     """Return why this engine cannot load the model, as a sentence, or None."""
-    known = _causal_architectures()
+    known = causal_architectures()
     if known and model.architecture not in known:
         return f"architecture `{model.architecture}` is unknown to transformers {versions()['transformers']}"
     if model.weight_dtype not in WEIGHT_DTYPES:
@@ -65,7 +65,7 @@ def accepts(model: Model) -> str | None:
 
 
 @functools.cache
-def _causal_architectures() -> frozenset[str]:
+def causal_architectures() -> frozenset[str]:
     """Return the model_types with a causal LM class; empty when the installed release lists them elsewhere.
 
     Read from transformers' source, since importing its table costs over a second and predictions need it.

@@ -18,7 +18,7 @@ from knowledge_base.techniques._blocks import calibration_rows, decoder_layers, 
 from knowledge_base.types import Session
 
 # Tokens of calibration text. The difference to the unchanged model is paired, so few are enough.
-TOKENS_MAX = 2048
+TOKENS_MAX = 1024
 TOKENS_FEW = 512  # fewer only when rounding whole layers together still takes too long
 LOGIT_BYTES_MAX = 256 << 20  # reference log-probabilities kept
 

@@ -26,8 +26,14 @@ GLOBAL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--seed", dict(type=int, metavar="N", help="seed of every random choice (default: the spec's, else 0)")),
     ("--run-dir", dict(metavar="PATH", help="folder of run folders (default: runs)")),
     ("--store", dict(metavar="PATH", help="folder of the measurement store (default: .leanplan)")),
-    ("--trust-remote-code", dict(metavar="ORG/NAME@SHA", help="let this one model run its own code in candidate processes")),
-    ("--allow-pickle", dict(action="store_true", help="accept .bin weights, loaded with weights_only in a candidate process")),
+    (
+        "--trust-remote-code",
+        dict(metavar="ORG/NAME@SHA", help="read a model that brings its own code; it can be priced, not yet measured"),
+    ),
+    (
+        "--allow-pickle",
+        dict(action="store_true", help="accept .bin weights, loaded with weights_only in a candidate process"),
+    ),
 )
 _DEFAULTS: dict[str, Any] = {"color": "auto", "verbose": 0, "quiet": 0}
 
@@ -151,7 +157,9 @@ def _fill_defaults(options: argparse.Namespace) -> None:
             try:
                 value = int(text)
             except ValueError as error:
-                raise BadInput(f"`{text}` is not a whole number", hint=f"unset it or give {flag}", where=f"LEANPLAN_{name.upper()}") from error
+                raise BadInput(
+                    f"`{text}` is not a whole number", hint=f"unset it or give {flag}", where=f"LEANPLAN_{name.upper()}"
+                ) from error
         else:
             value = text or _DEFAULTS.get(name)
         setattr(options, name, value)
@@ -162,4 +170,3 @@ def _fill_defaults(options: argparse.Namespace) -> None:
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise Terminated
-

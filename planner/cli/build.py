@@ -10,7 +10,9 @@ HELP = "build the artefact of a plan.json (or a measured plan's id) into a folde
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="plan.json, or the start of a plan id")
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="new folder for the artefact")
-    parser.add_argument("--model", metavar="SOURCE", help="folder or hub id to build from (default: the one in the plan)")
+    parser.add_argument(
+        "--model", metavar="SOURCE", help="folder or hub id to build from (default: the one in the plan)"
+    )
     parser.add_argument("--calibration", metavar="FILE", help="calibration text (default: the one in the plan)")
 
 
@@ -41,9 +43,15 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress(quiet=bool(options.quiet), live=False if options.no_progress else None)
     built = rebuild(recipe, out, store=Path(options.store or ".leanplan"), progress=progress, offline=options.offline)
     same = None if recipe.artefact_digest is None else built.digest == recipe.artefact_digest
-    verdict = {True: "the same as the measured one", False: "not the one that was measured", None: "no digest to compare"}[same]
+    verdict = {
+        True: "the same as the measured one",
+        False: "not the one that was measured",
+        None: "no digest to compare",
+    }[same]
     text = f"{out}: {units.format(built.bytes, 'bytes')}, sha256 {built.digest}\n{verdict}"
     emit(options, {"folder": str(out), "bytes": built.bytes, "digest": built.digest, "same": same}, text)
     if same is False:
-        say("hint: other library versions, another calibration text or another kind of processor give other bytes; see plan.json")
+        say(
+            "hint: other library versions, another calibration text or another kind of processor give other bytes; see plan.json"
+        )
     return ExitCode.INCONCLUSIVE if same is False else ExitCode.DONE

@@ -9,7 +9,9 @@ FORMATS = ("full", "concise", "json", "junit", "markdown")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)")
+    parser.add_argument(
+        "spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)"
+    )
     parser.add_argument("--predict", action="store_true", help="judge predictions; nothing is run")
     parser.add_argument("--baseline", metavar="FILE", help="lock file (default: check.against of the spec, beside it)")
     parser.add_argument("--update-lock", action="store_true", help="write today's figures of the plan to the lock file")
@@ -78,15 +80,28 @@ def markdown(result) -> str:  # type: ignore[no-untyped-def]
     from planner.reports._table import MARKS
     from planner.reports.markdown import escape
 
-    lines = [f"### {'✅' if result.exit_code == 0 else '❌' if result.exit_code == 1 else '❔'} leanplan: {escape(result.headline)}", ""]
+    lines = [
+        f"### {'✅' if result.exit_code == 0 else '❌' if result.exit_code == 1 else '❔'} leanplan: {escape(result.headline)}",
+        "",
+    ]
     lines += ["| budget | limit | figure | |", "|---|--:|---|---|"]
     order = {"not met": 0, "inconclusive": 1, "not judged": 2, "met": 3}
     for verdict in sorted(result.verdicts, key=lambda v: order[v.outcome]):
-        lines.append(f"| {verdict.budget.label} | {escape(verdict.budget.text)} | {escape(verdict.sentence)} | {MARKS[verdict.outcome]} |")
+        lines.append(
+            f"| {verdict.budget.label} | {escape(verdict.budget.text)} | {escape(verdict.sentence)} | {MARKS[verdict.outcome]} |"
+        )
     worse = [r for r in result.regressions if r.outcome in ("worse", "better")]
     if worse:
-        lines += ["", "| against the lock | |", "|---|---|", *(f"| {r.outcome} | {escape(r.sentence)} |" for r in worse)]
-    lines += ["", f"<sub>plan {result.plan.id}: {escape(result.plan.words)}; figures {'measured' if result.measured else 'predicted'}</sub>"]
+        lines += [
+            "",
+            "| against the lock | |",
+            "|---|---|",
+            *(f"| {r.outcome} | {escape(r.sentence)} |" for r in worse),
+        ]
+    lines += [
+        "",
+        f"<sub>plan {result.plan.id}: {escape(result.plan.words)}; figures {'measured' if result.measured else 'predicted'}</sub>",
+    ]
     return "\n".join([*lines, *(f"- {escape(n)}" for n in result.notes)])[:60_000]
 
 

@@ -10,7 +10,9 @@ HELP = "remove run folders, artefacts or the measurement store; shows what would
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="*", choices=["artefacts", "runs", "store", []], help="what to remove (default: artefacts)")
+    parser.add_argument(
+        "what", nargs="*", choices=["artefacts", "runs", "store", []], help="what to remove (default: artefacts)"
+    )
     parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest runs to leave alone (default 1)")
 
 

@@ -10,7 +10,9 @@ HELP = "compare two plans, runs or lock files, figure by figure with intervals"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("a", "b"):
-        parser.add_argument(name, help="start of a plan id, `baseline`, `recommended`, a run folder or name, or a lock file")
+        parser.add_argument(
+            name, help="start of a plan id, `baseline`, `recommended`, a run folder or name, or a lock file"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,7 +41,11 @@ def run(options: argparse.Namespace) -> int:
     notes = [f"a: {name_a}", f"b: {name_b}"]
     if machine_a != machine_b:
         notes.append("measured on different machines: times are not comparable, sizes and quality are")
-    emit(options, {"a": name_a, "b": name_b, "same_machine": machine_a == machine_b, "rows": rows}, "\n".join(notes) + "\n\n" + table(rows))
+    emit(
+        options,
+        {"a": name_a, "b": name_b, "same_machine": machine_a == machine_b, "rows": rows},
+        "\n".join(notes) + "\n\n" + table(rows),
+    )
     return 0
 
 

@@ -15,15 +15,25 @@ HELP = "predicted figures of one plan on one machine, with intervals and reasons
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a config.json, or a hub id; weights are not needed")
-    parser.add_argument("--on", default="local", metavar="HARDWARE", help="local, a saved profile, or a name of: leanplan ls machines")
-    parser.add_argument("--engine", default="transformers", help="a name of: leanplan ls engines (default transformers)")
+    parser.add_argument(
+        "--on", default="local", metavar="HARDWARE", help="local, a saved profile, or a name of: leanplan ls machines"
+    )
+    parser.add_argument(
+        "--engine", default="transformers", help="a name of: leanplan ls engines (default transformers)"
+    )
     parser.add_argument(
         "--step", action="append", default=[], metavar="TECHNIQUE[:KNOB=VALUE,...]",
         help="a technique of the plan, e.g. weight_gguf:type=q4_k; may be repeated; knobs not given take their default",
     )  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of a prompt (default 128)")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="length of an answer (default 64)")
-    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at a time (default 1); batch_size serves several together")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests at a time (default 1); batch_size serves several together",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
 
     for flag in ("prompt_tokens", "output_tokens", "concurrency"):
         if getattr(options, flag) < 1:
-            raise BadInput(f"must be at least 1, got {getattr(options, flag)}", hint="give a count", where=f"--{flag.replace('_', '-')}")
+            raise BadInput(
+                f"must be at least 1, got {getattr(options, flag)}",
+                hint="give a count",
+                where=f"--{flag.replace('_', '-')}",
+            )
     engine = engines.get(options.engine)
     steps = [read_step(text) for text in options.step]
     read = read_model(
@@ -61,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
     _check(steps, engine, model, workload, hardware)
     plan = Plan(model_digest=model.digest, engine=options.engine, steps=tuple(rules.order(steps)))
     predicted = estimate(plan, model, workload, hardware)
-    unknown = {name: problem.message for name, problem in estimate_many([plan], model, workload, hardware).prevented.items()}
+    unknown = {
+        name: problem.message for name, problem in estimate_many([plan], model, workload, hardware).prevented.items()
+    }
     facts = {
         "model": model.name, "hardware": hardware.name, "plan": plan, "words": plan.words, "workload": workload,
         "predicted": predicted, "not_predicted": unknown, "steps": _effects(plan, model, workload),
@@ -90,7 +106,11 @@ def read_step(text: str) -> Step:
             raise BadInput(f"`{name}` has no setting `{setting}`", hint=f"its knobs: {known}", where=f"--step {text}")
         options = {str(option): option for option in knobs[knob].options}
         if value not in options:
-            raise BadInput(f"`{knob}` of `{name}` cannot be `{value}`", hint=f"one of: {', '.join(options)}", where=f"--step {text}")
+            raise BadInput(
+                f"`{knob}` of `{name}` cannot be `{value}`",
+                hint=f"one of: {', '.join(options)}",
+                where=f"--step {text}",
+            )
         chosen[knob] = options[value]
     return Step(name.strip(), chosen)
 
@@ -102,20 +122,30 @@ def _check(steps: list[Step], engine: Any, model: Model, workload: Workload, har
 
     name = engine.__name__.rpartition(".")[2]
     if why := engine.accepts(model):
-        raise BadInput(f"{name} cannot run this model: {why}", hint="choose another engine: leanplan ls engines", where="--engine")
+        raise BadInput(
+            f"{name} cannot run this model: {why}", hint="choose another engine: leanplan ls engines", where="--engine"
+        )
     for step in steps:
         module = techniques.get(step.technique)
         why = module.rejects(model, workload, hardware)
         why = why or getattr(module, "legal", lambda *_: None)(step.knobs, model, workload, hardware)
         if why:
-            raise BadInput(f"`{step}` does not apply: {why}", hint="leave it out or choose another setting", where=f"--step {step.technique}")
+            raise BadInput(
+                f"`{step}` does not apply: {why}",
+                hint="leave it out or choose another setting",
+                where=f"--step {step.technique}",
+            )
         if missing := module.TECHNIQUE.needs - engine.ENGINE.offers:
             raise BadInput(
                 f"`{step.technique}` needs an engine that offers {', '.join(sorted(missing))}; {name} does not",
                 hint="leanplan ls engines", where=f"--step {step.technique}",
             )  # fmt: skip
     if why := rules.conflict(steps) or rules.missing(steps):
-        raise BadInput(f"these steps do not go together: {getattr(why, 'effect', why)}", hint="leanplan ls techniques", where="--step")
+        raise BadInput(
+            f"these steps do not go together: {getattr(why, 'effect', why)}",
+            hint="leanplan ls techniques",
+            where="--step",
+        )
 
 
 def _effects(plan: Plan, model: Model, workload: Workload) -> list[dict[str, str]]:

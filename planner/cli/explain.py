@@ -8,7 +8,9 @@ HELP = "why a plan was chosen or not: what each step bought and cost, which budg
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", nargs="?", default="recommended", help="start of a plan id, `recommended` (default) or `baseline`")
+    parser.add_argument(
+        "plan", nargs="?", default="recommended", help="start of a plan id, `recommended` (default) or `baseline`"
+    )
     parser.add_argument("--run", help="run folder or name (default: the newest that has the plan)")
     parser.add_argument("--why-not", metavar="TECHNIQUE|PLAN", help="why this one is not the recommended plan")
     parser.add_argument("--budget", metavar="METRIC", help="how every measured plan stands to one budget")
@@ -33,7 +35,13 @@ def run(options: argparse.Namespace) -> int:
         emit(options, {"why_not": options.why_not, "reasons": lines}, "\n".join(lines))
         return 0
     answer, result = find_plan(options.plan, root, options.run)
-    role = "recommended" if result.plan.id == answer.recommended_id else "on the Pareto front" if result.on_front else "not on the front"
+    role = (
+        "recommended"
+        if result.plan.id == answer.recommended_id
+        else "on the Pareto front"
+        if result.on_front
+        else "not on the front"
+    )
     lines = [f"{result.plan.id}  {result.plan.words}", f"{role} of {answer.run_id}", ""]
     lines += [f"- {why}" for why in result.why]
     lines += [f"{v.outcome}: {v.sentence}" for v in result.verdicts]
@@ -54,7 +62,9 @@ def why_not(answer, text: str) -> list[str]:  # type: ignore[no-untyped-def]
         if not (result.plan.id.startswith(text) or any(s.technique == text for s in result.plan.steps)):
             continue
         if result.measurement and result.measurement.failure:
-            lines.append(f"{result.plan.words}: {result.measurement.failure.kind}: {result.measurement.failure.message}")
+            lines.append(
+                f"{result.plan.words}: {result.measurement.failure.kind}: {result.measurement.failure.message}"
+            )
             continue
         beyond = [v.sentence for v in result.verdicts if v.outcome == "not met"]
         if beyond:
@@ -64,5 +74,7 @@ def why_not(answer, text: str) -> list[str]:  # type: ignore[no-untyped-def]
 
             first = answer.objectives[0]
             ours, theirs = value_of(best, first), value_of(result, first)
-            lines.append(f"{result.plan.words}: meets the budgets, but {first} is {theirs:.4g} against {ours:.4g} of {best.plan.id}")
+            lines.append(
+                f"{result.plan.words}: meets the budgets, but {first} is {theirs:.4g} against {ours:.4g} of {best.plan.id}"
+            )
     return lines or [f"{text} is legal here, but no plan with it was predicted good enough to be measured in this run"]

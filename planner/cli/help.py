@@ -26,5 +26,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.topic in commands.names():
         build_parser().parse_args([options.topic, "--help"])
     else:
-        raise BadInput(f"no help topic `{options.topic}`", hint=f"topics: {', '.join(TOPICS)}; commands: {', '.join(commands.names())}")
+        raise BadInput(
+            f"no help topic `{options.topic}`",
+            hint=f"topics: {', '.join(TOPICS)}; commands: {', '.join(commands.names())}",
+        )
     return 0

@@ -36,7 +36,11 @@ def _runs(options: Any) -> list[dict[str, Any]]:
     from planner.finding import runs, runs_root
 
     return [
-        {"run": e.name, "state": "finished" if e.finished else "unfinished (the same plan command resumes it)", "measured": e.plans}
+        {
+            "run": e.name,
+            "state": "finished" if e.finished else "unfinished (the same plan command resumes it)",
+            "measured": e.plans,
+        }
         for e in runs(runs_root(options))
     ]
 
@@ -50,7 +54,9 @@ def _plans(options: Any) -> list[dict[str, Any]]:
     for entry in runs(runs_root(options)):
         if entry.finished:
             answer = load(entry.path)
-            rows += [{"id": r.plan.id, "": mark(r, answer), "plan": r.plan.words, "run": entry.name} for r in answer.results]
+            rows += [
+                {"id": r.plan.id, "": mark(r, answer), "plan": r.plan.words, "run": entry.name} for r in answer.results
+            ]
     return rows
 
 
@@ -62,7 +68,13 @@ def _techniques(options: Any) -> list[dict[str, Any]]:
         return ", ".join(METRICS[n].label for n in names)
 
     return [
-        {"technique": name, "stage": t.stage, "saves": labels(t.saves), "spends": labels(t.spends), "summary": t.summary}
+        {
+            "technique": name,
+            "stage": t.stage,
+            "saves": labels(t.saves),
+            "spends": labels(t.spends),
+            "summary": t.summary,
+        }
         for name, module in techniques.all().items()
         for t in [module.TECHNIQUE]
     ]
@@ -72,21 +84,40 @@ def _engines(options: Any) -> list[dict[str, Any]]:
     from knowledge_base.registry import engines
 
     return [
-        {"engine": name, "state": module.find() or "ready", "offers": ", ".join(sorted(module.ENGINE.offers)), "summary": module.ENGINE.summary}
+        {
+            "engine": name,
+            "state": module.find() or "ready",
+            "offers": ", ".join(sorted(module.ENGINE.offers)),
+            "summary": module.ENGINE.summary,
+        }
         for name, module in engines.all().items()
     ]
 
 
 def _machines(options: Any) -> list[dict[str, Any]]:
-    from cost_models.catalogue import find_machine, names
-    from knowledge_base import units
+    from cost_models.efficiency import read_rows
 
     rows = [{"machine": "local", "kind": "", "memory": "", "bandwidth": "", "source": "leanplan probe"}]
-    for name in names():
-        device = find_machine(name).device
-        bandwidth = f"{device.memory_bytes_per_s / 1e9:.0f} GB/s" if device.memory_bytes_per_s else "unknown"
-        memory = units.format(device.memory_bytes, "bytes") if device.memory_bytes else "unknown"
-        rows.append({"machine": name, "kind": device.kind, "memory": memory, "bandwidth": bandwidth, "source": device.source})
+    for row in read_rows("devices.csv"):
+        memory = (
+            f"{int(row['memory_bytes']) / 2**30:.0f} GiB"
+            if row["memory_bytes"]
+            else f"{row['memory_choices'] or 'unknown'} GB"
+        )
+        bandwidth = (
+            f"{float(row['memory_bytes_per_s']) / 1e9:.0f} GB/s"
+            if row["memory_bytes_per_s"]
+            else "unknown: not predictable"
+        )
+        rows.append(
+            {
+                "machine": row["name"],
+                "kind": row["kind"],
+                "memory": memory,
+                "bandwidth": bandwidth,
+                "source": row["source"].split(" ")[0],
+            }
+        )
     return rows
 
 
@@ -94,7 +125,8 @@ def _metrics(options: Any) -> list[dict[str, Any]]:
     from knowledge_base.metrics import METRICS
 
     return [
-        {"metric": m.label, "name": m.name, "better": m.better, "resource": m.resource, "meaning": m.summary} for m in METRICS.values()
+        {"metric": m.label, "name": m.name, "better": m.better, "resource": m.resource, "meaning": m.summary}
+        for m in METRICS.values()
     ]
 
 

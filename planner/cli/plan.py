@@ -8,13 +8,25 @@ HELP = "search for plans that fit the spec's budgets, measure the promising ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)")
+    parser.add_argument(
+        "spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)"
+    )
     parser.add_argument("--predict", action="store_true", help="price plans only; nothing is run")
-    parser.add_argument("--time-limit", metavar="TIME", help='wall time for everything, e.g. "10 min" (default: the spec\'s)')
-    parser.add_argument("--max-measured", type=int, metavar="N", help="candidates to measure at most (default: the spec's)")
-    parser.add_argument("--fresh", action="store_true", help="a new run that measures again what the store already holds")
-    parser.add_argument("--resume", metavar="RUN", help="finish this interrupted run (the same command finds it by itself)")
-    parser.add_argument("--lock", action="store_true", help="write leanplan.lock beside the spec for the recommended plan")
+    parser.add_argument(
+        "--time-limit", metavar="TIME", help='wall time for everything, e.g. "10 min" (default: the spec\'s)'
+    )
+    parser.add_argument(
+        "--max-measured", type=int, metavar="N", help="candidates to measure at most (default: the spec's)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="a new run that measures again what the store already holds"
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN", help="finish this interrupted run (the same command finds it by itself)"
+    )
+    parser.add_argument(
+        "--lock", action="store_true", help="write leanplan.lock beside the spec for the recommended plan"
+    )
     parser.add_argument("--format", choices=("terminal", "markdown", "json"), help="what to print (default terminal)")
 
 
@@ -37,7 +49,9 @@ def run(options: argparse.Namespace) -> int:
         search = replace(search, time_limit_s=units.parse(options.time_limit, "time", field="--time-limit"))
     if options.max_measured is not None:
         if options.max_measured < 1:
-            raise BadInput(f"--max-measured must be at least 1, got {options.max_measured}", hint="--predict measures nothing")
+            raise BadInput(
+                f"--max-measured must be at least 1, got {options.max_measured}", hint="--predict measures nothing"
+            )
         search = replace(search, max_measured=options.max_measured)
     if options.seed is not None:
         search = replace(search, seed=options.seed)
@@ -52,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )
-    progress = Progress(quiet=bool(options.quiet), live=False if options.no_progress else None, limit_s=search.time_limit_s)
+    progress = Progress(
+        quiet=bool(options.quiet), live=False if options.no_progress else None, limit_s=search.time_limit_s
+    )
     answer = run(spec, settings, progress)
     if options.lock and answer.recommended:
         from planner.checking import lock_of, lock_path
@@ -65,10 +81,15 @@ def run(options: argparse.Namespace) -> int:
     if answer.folder:
         progress.line(f"run folder: {answer.folder}")
         if answer.recommended:
-            progress.line(f"next: leanplan explain {answer.recommended.plan.id}; leanplan build {answer.recommended.plan.id} -o DIR")
+            progress.line(
+                f"next: leanplan explain {answer.recommended.plan.id}; leanplan build {answer.recommended.plan.id} -o DIR"
+            )
     if answer.recommended:
         return ExitCode.DONE
-    undecided = any(r.verdicts and all(v.outcome != "not met" for v in r.verdicts if v.budget.level == "error") for r in answer.results)
+    undecided = any(
+        r.verdicts and all(v.outcome != "not met" for v in r.verdicts if v.budget.level == "error")
+        for r in answer.results
+    )
     return ExitCode.INCONCLUSIVE if undecided and answer.measured else ExitCode.BUDGET_NOT_MET
 
 

@@ -26,7 +26,12 @@ def run(options: argparse.Namespace) -> int:
         value: Any = {"name": name, **_fields(module.TECHNIQUE), "evidence": list(getattr(module, "EVIDENCE", ()))}
     elif name in engines.names():
         module = engines.get(name)
-        value = {"name": name, "state": module.find() or "ready", "versions": module.versions(), **_fields(module.ENGINE)}
+        value = {
+            "name": name,
+            "state": module.find() or "ready",
+            "versions": module.versions(),
+            **_fields(module.ENGINE),
+        }
     elif name in METRICS or name in LABELS:
         value = METRICS[LABELS.get(name, name)]
     else:
@@ -45,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
 
             if name not in names():
                 raise BadInput(
-                    f"nothing is called `{name}`", hint="leanplan ls runs|plans|techniques|engines|machines|metrics lists names"
+                    f"nothing is called `{name}`",
+                    hint="leanplan ls runs|plans|techniques|engines|machines|metrics lists names",
                 ) from None
             value = find_machine(name)
     emit(options, value, outline(value))

@@ -525,7 +525,6 @@ def _finite(text: str) -> float:
     return value
 
 
-
 def _doing(stage: str) -> str:
     """`building`, `gptq layer 12`: what a candidate was at, as a phrase that follows "while"."""
     return {"build": "building", "open": "loading the artefact", "block": "generating", "starting": "starting"}.get(

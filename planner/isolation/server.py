@@ -149,9 +149,7 @@ def children() -> list[int]:
     return found
 
 
-def run_candidate(
-    server: int, channel: socket.socket, control: int, log: int, operations: dict, folder: str
-) -> None:
+def run_candidate(server: int, channel: socket.socket, control: int, log: int, operations: dict, folder: str) -> None:
     """Be the candidate: shed what is the server's, take the limits on, answer requests until the socket ends."""
     code = 70
     try:

@@ -12,7 +12,14 @@ MARKS = {"met": "✓", "not met": "✗", "inconclusive": "?", "not judged": "–
 
 def columns(result: ParetoSet) -> tuple[str, ...]:
     """Return the metric names worth a column: objectives, then budgets, then the usual ones, each once."""
-    usual: tuple[str, ...] = ("ttft_s", "tpot_s", "throughput_tokens_per_s", "peak_memory_bytes", "artefact_bytes", "quality_loss_ratio")
+    usual: tuple[str, ...] = (
+        "ttft_s",
+        "tpot_s",
+        "throughput_tokens_per_s",
+        "peak_memory_bytes",
+        "artefact_bytes",
+        "quality_loss_ratio",
+    )
     if result.measured:
         usual += ("agreement_ratio", "kl_divergence_nats")
     wanted = [find_metric(label)[0].name for label in result.objectives] + [b.metric for b in result.budgets]
@@ -66,4 +73,6 @@ def ordered(answer: ParetoSet) -> list[PlanResult]:
     """Return the results worth showing: recommended, front, baseline, then the rest that has figures."""
     shown = [r for r in answer.results if not (r.measurement and r.measurement.failure)]
     rank = {id(answer.baseline): 2}
-    return sorted(shown, key=lambda r: 0 if r.plan.id == answer.recommended_id else 1 if r.on_front else rank.get(id(r), 3))
+    return sorted(
+        shown, key=lambda r: 0 if r.plan.id == answer.recommended_id else 1 if r.on_front else rank.get(id(r), 3)
+    )

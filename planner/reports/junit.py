@@ -32,10 +32,20 @@ def suite(name: str, verdicts: Sequence[Verdict]) -> str:
             cases.append(f"{head}><system-out>{_text(verdict.sentence)}</system-out></testcase>")
             continue
         counts[kind] += 1
-        cases.append(f"{head}><{kind} message={_attribute(verdict.sentence)}>{_text(verdict.outcome)}</{kind}></testcase>")
-    totals = f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" skipped="{counts["skipped"]}"'
+        cases.append(
+            f"{head}><{kind} message={_attribute(verdict.sentence)}>{_text(verdict.outcome)}</{kind}></testcase>"
+        )
+    totals = (
+        f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" skipped="{counts["skipped"]}"'
+    )
     return "\n".join(
-        ['<?xml version="1.0" encoding="UTF-8"?>', f"<testsuite name={_attribute(name)} {totals}>", *cases, "</testsuite>", ""]
+        [
+            '<?xml version="1.0" encoding="UTF-8"?>',
+            f"<testsuite name={_attribute(name)} {totals}>",
+            *cases,
+            "</testsuite>",
+            "",
+        ]
     )
 
 

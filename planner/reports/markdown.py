@@ -43,10 +43,19 @@ def render(answer: ParetoSet) -> str:
         for result in failures:
             failure = result.measurement.failure  # type: ignore[union-attr]
             lines.append(f"- {escape(result.plan.words)}: failed, {failure.kind}: {escape(failure.message)}")  # type: ignore[union-attr]
-        lines += [f"- {escape(r.what)}{f' ({r.count} plans)' if r.count > 1 else ''}: {escape(r.why)}" for r in answer.rejected] + [""]
-    if answer.prediction_errors:
-        lines += ["### Predicted against measured", "", "| metric | plans | median error | interval held |", "|---|--:|--:|--:|"]
         lines += [
-            f"| {metric} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |" for metric, e in answer.prediction_errors.items()
+            f"- {escape(r.what)}{f' ({r.count} plans)' if r.count > 1 else ''}: {escape(r.why)}"
+            for r in answer.rejected
+        ] + [""]
+    if answer.prediction_errors:
+        lines += [
+            "### Predicted against measured",
+            "",
+            "| metric | plans | median error | interval held |",
+            "|---|--:|--:|--:|",
+        ]
+        lines += [
+            f"| {metric} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |"
+            for metric, e in answer.prediction_errors.items()
         ] + [""]
     return "\n".join(lines)

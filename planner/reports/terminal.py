@@ -12,7 +12,22 @@ from planner.results import ParetoSet
 
 REPORT = "a table for the terminal"
 SUFFIX = ".txt"
-_ASCII = str.maketrans({"★": "*", "●": "o", "○": ".", "×": "x", "✓": "+", "✗": "!", "–": "-", "↓": "v", "↑": "^", "±": "~", "≤": "<", "…": "."})
+_ASCII = str.maketrans(
+    {
+        "★": "*",
+        "●": "o",
+        "○": ".",
+        "×": "x",
+        "✓": "+",
+        "✗": "!",
+        "–": "-",
+        "↓": "v",
+        "↑": "^",
+        "±": "~",
+        "≤": "<",
+        "…": ".",
+    }
+)
 
 
 def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) -> str:
@@ -24,7 +39,13 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     out = io.StringIO()
     ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     columns = _terminal_columns() if width is None else width
-    console = Console(file=out, width=max(20, columns), force_terminal=color, color_system="standard" if color else None, legacy_windows=False)
+    console = Console(
+        file=out,
+        width=max(20, columns),
+        force_terminal=color,
+        color_system="standard" if color else None,
+        legacy_windows=False,
+    )
 
     def text(value: str, style: str = "") -> Text:
         value = clean(value)  # names come from strangers: nothing in them may steer the terminal
@@ -35,7 +56,11 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     for conflict in answer.conflicts:
         console.print(text("  " + conflict))
     names = _table.columns(answer)
-    table = Table(title=text(f"{answer.model.name} on {answer.hardware.name} ({kind})"), box=None if columns < 60 else _box(ascii_only), expand=False)
+    table = Table(
+        title=text(f"{answer.model.name} on {answer.hardware.name} ({kind})"),
+        box=None if columns < 60 else _box(ascii_only),
+        expand=False,
+    )
     for heading in ("", "id", "plan"):
         table.add_column(text(heading), overflow="fold", min_width=10 if heading == "plan" and columns > 60 else None)
     for name in names:
@@ -46,7 +71,11 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
         who = result.plan.words + ("  (the model as it came)" if result is answer.baseline else "")
         table.add_row(*(text(c, style) for c in (_table.mark(result, answer), result.plan.id, who, *cells)))
     console.print(table)
-    console.print(text("★ recommended   ● on the Pareto front   ○ measured, dominated   ✓ budget met   ✗ not met   ? cannot be told"))
+    console.print(
+        text(
+            "★ recommended   ● on the Pareto front   ○ measured, dominated   ✓ budget met   ✗ not met   ? cannot be told"
+        )
+    )
     if answer.recommended:
         console.print(text(f"\nWhy {answer.recommended.plan.id}:", "bold"))
         for why in answer.recommended.why:
@@ -69,7 +98,11 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     if answer.prediction_errors:
         console.print(text("\nPredicted against measured (before each was measured):", "bold"))
         for metric, error in answer.prediction_errors.items():
-            console.print(text(f"  {metric}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"))
+            console.print(
+                text(
+                    f"  {metric}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"
+                )
+            )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 

@@ -24,7 +24,9 @@ SOLVERS = registry.names()
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    space = build_space(TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, engine_names=("transformers", "llama_cpp"), only=ONLY, executable=False)
+    space = build_space(
+        TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, engine_names=("transformers", "llama_cpp"), only=ONLY, executable=False
+    )
     budget = Budget(metric="quality_loss_ratio", statistic="mean", bound="max", value=0.15)
     return Problem(
         model=TOY_MODEL, workload=TOY_WORKLOAD, hardware=TOY_MACHINE, space=space, budgets=(budget,),
@@ -89,7 +91,9 @@ def test_picks_are_new_hopeful_and_explained(problem: Problem, truth: Priced) ->
 
 
 def test_with_impossible_budgets_the_nearest_are_picked(problem: Problem) -> None:
-    impossible = replace(problem, budgets=(Budget(metric="peak_memory_bytes", statistic="mean", bound="max", value=1024.0),))
+    impossible = replace(
+        problem, budgets=(Budget(metric="peak_memory_bytes", statistic="mean", bound="max", value=1024.0),)
+    )
     priced = search.solve(impossible, solver="exhaustive")
     picks = choose(priced, 2, known=set())
     assert all("no plan is predicted to meet the budgets" in p.why for p in picks)

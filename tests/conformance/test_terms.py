@@ -26,7 +26,14 @@ MOE = replace(
 )  # fmt: skip
 WINDOW = replace(TOY_MODEL, name="window", digest="window", sliding_window_tokens=64)
 STATE_SPACE = replace(
-    TOY_MODEL, name="state", digest="state", architecture="mamba", attention_layers=0, state_bytes=200_000, heads=0, kv_heads=0
+    TOY_MODEL,
+    name="state",
+    digest="state",
+    architecture="mamba",
+    attention_layers=0,
+    state_bytes=200_000,
+    heads=0,
+    kv_heads=0,
 )
 MODELS = (TOY_MODEL, MOE, WINDOW, STATE_SPACE)
 GPU = Hardware(
@@ -125,14 +132,20 @@ def test_more_tokens_are_never_cheaper(name: str, length: str, model: Model) -> 
 
 @pytest.mark.parametrize("name", BYTES)
 def test_fewer_bits_are_never_larger(name: str) -> None:
-    plans = [Plan(model_digest="toy", engine="llama_cpp", steps=(Step("weight_gguf", {"type": t}),)) for t in ("q4_k", "q6_k", "q8_0", "f16")]
+    plans = [
+        Plan(model_digest="toy", engine="llama_cpp", steps=(Step("weight_gguf", {"type": t}),))
+        for t in ("q4_k", "q6_k", "q8_0", "f16")
+    ]
     figures = estimate_many(plans, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)[name].mid
     assert np.all(np.diff(figures) >= 0)
 
 
 @pytest.mark.parametrize("name", ["kv_cache_bytes", "peak_memory_bytes", "ttft_s", "tpot_s"])
 def test_a_larger_batch_is_never_cheaper_and_serves_no_fewer_tokens(name: str) -> None:
-    plans = [Plan(model_digest="toy", engine="transformers", steps=(Step("batch_size", {"count": n}),) if n > 1 else ()) for n in (1, 2, 4)]
+    plans = [
+        Plan(model_digest="toy", engine="transformers", steps=(Step("batch_size", {"count": n}),) if n > 1 else ())
+        for n in (1, 2, 4)
+    ]
     figures = estimate_many(plans, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)
     assert np.all(np.diff(figures[name].mid) >= 0)
     assert np.all(np.diff(figures["throughput_tokens_per_s"].mid) >= 0)
@@ -141,7 +154,10 @@ def test_a_larger_batch_is_never_cheaper_and_serves_no_fewer_tokens(name: str) -
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_dearer_and_dirtier_power_costs_more(name: str) -> None:
     worse = replace(
-        with_device(TOY_MACHINE, idle_w=20.0, busy_w=80.0), electricity_usd_per_kwh=0.3, grid_gco2e_per_kwh=800.0, price_usd_per_h=0.2
+        with_device(TOY_MACHINE, idle_w=20.0, busy_w=80.0),
+        electricity_usd_per_kwh=0.3,
+        grid_gco2e_per_kwh=800.0,
+        price_usd_per_h=0.2,
     )
     assert np.all(mids(name, TOY_MODEL, TOY_WORKLOAD, worse) > mids(name, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE))
 
@@ -173,7 +189,9 @@ def test_an_unknown_power_prevents_energy_alone() -> None:
 
 
 def test_a_cpu_without_power_figures_is_modelled_and_says_so() -> None:
-    value = estimate(PLANS[0], TOY_MODEL, TOY_WORKLOAD, with_device(TOY_MACHINE, busy_w=None, idle_w=None)).values["energy_j_per_token"]
+    value = estimate(PLANS[0], TOY_MODEL, TOY_WORKLOAD, with_device(TOY_MACHINE, busy_w=None, idle_w=None)).values[
+        "energy_j_per_token"
+    ]
     assert "is not known" in value.because
     assert value.high / value.low > 4
 

@@ -24,10 +24,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path) -> None:
     spec = tmp_path / "leanplan.yaml"
-    spec.write_text(f"version: 1\nmodel: {{source: {model}}}\nworkload: {WORKLOAD}\nbudgets: {{quality_loss: 20 %, peak_memory: 2 GiB}}\n")
+    spec.write_text(
+        f"version: 1\nmodel: {{source: {model}}}\nworkload: {WORKLOAD}\nbudgets: {{quality_loss: 20 %, peak_memory: 2 GiB}}\n"
+    )
     from_file = plan(spec=spec, predict=True, store=tmp_path / "store")
     from_arguments = plan(
-        model, budgets={"quality_loss": "20 %", "peak_memory": "2 GiB"}, workload=WORKLOAD, predict=True, store=tmp_path / "store"
+        model,
+        budgets={"quality_loss": "20 %", "peak_memory": "2 GiB"},
+        workload=WORKLOAD,
+        predict=True,
+        store=tmp_path / "store",
     )
     assert [r.plan.id for r in from_file.results] == [r.plan.id for r in from_arguments.results]
     assert from_file.recommended_id == from_arguments.recommended_id is not None
@@ -73,6 +79,8 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     assert blocks
     for block in blocks:
         code = block.replace('"my-run"', repr(str(tmp_path / "my-run")))
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()

@@ -17,7 +17,13 @@ GOOD = "version: 1\nmodel: {source: model}\nbudgets: {peak_memory: {max: 1 GiB}}
 def leanplan(*argv: str, cwd: Path, stdin: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
     return subprocess.run(
-        [sys.executable, "-m", "planner", *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, input=stdin
+        [sys.executable, "-m", "planner", *argv],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        input=stdin,
     )
 
 
@@ -38,14 +44,14 @@ CASES: dict[str, tuple[str | bytes, int, tuple[str, ...]]] = {
     "negative": (GOOD.replace("1 GiB", "-5 GiB"), 2, ("positive",)),
     "infinite": (GOOD.replace("1 GiB", ".inf"), 2, ()),
     "decimal comma": (GOOD.replace("1 GiB", "1,5 GiB"), 2, ("1.5 GiB",)),
-    "nothing to decide": ("version: 1\nmodel: {source: model}\nbudgets: {}\nobjectives: []\n", 2, ("nothing to decide",)),
+    "nothing to decide": ("version: 1\nmodel: {source: model}\nbudgets: {}\nobjectives: []\n", 2, ("objectives",)),
     "not utf-8": (b"\xff\xfeversion: 1\n", 2, ("UTF-8",)),
     "a tag": (GOOD.replace("model}", "!!python/object/apply:os.system ['touch canary']}"), 2, ()),
     "an alias": ("a: &x [1]\nb: *x\n", 2, ()),
     "deep nesting": ("[" * 3000, 2, ()),
     "too large": (GOOD + "# " + "x" * 300_000, 2, ("KiB",)),
     "path escape in the name": (GOOD + "name: ../../etc/x\n", 2, ("name",)),
-    "no model there": (GOOD, 2, ("model",)),
+    "no model there and no network": (GOOD, 4, ("model", "network")),
     "not a model id": (GOOD.replace("source: model", "source: 'http://169.254.169.254/'"), 2, ("model",)),
     "unknown technique": (GOOD + "techniques: {only: [wieght_int4]}\n", 2, ("weight_int4",)),
     "unknown machine": (GOOD + "hardware: h1000\n", 2, ("h1000",)),
@@ -98,7 +104,16 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     assert done.stdout.startswith("technique")
 
 
-@pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}, {"COLUMNS": "20"}], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        {"TERM": "dumb"},
+        {"NO_COLOR": "1"},
+        {"COLUMNS": "20"},
+    ],
+    ids=str,
+)
 def test_poor_terminals_survive(environment: dict[str, str], tmp_path: Path) -> None:
     done = leanplan("plan", "examples/llama-70b.yaml", "--predict", "--store", str(tmp_path), cwd=ROOT, **environment)
     assert done.returncode == 0, done.stderr

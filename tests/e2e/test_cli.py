@@ -34,7 +34,14 @@ def leanplan(*argv: str, cwd: Path, timeout_s: float = 280, **more: str) -> subp
     """Run one command as a person would and return what it said."""
     environment = {**os.environ, "COLUMNS": "160", **more}
     command = [sys.executable, "-m", "planner", *argv]
-    return subprocess.run(command, cwd=cwd, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,17 @@ def test_the_answer_is_complete(planned: dict) -> None:
         if result["measurement"]["failure"]:
             continue
         figures = result["measurement"]["figures"]
-        wanted = ("ttft_s", "tpot_s", "throughput_tokens_per_s", "peak_memory_bytes", "weights_bytes", "artefact_bytes", "perplexity", "agreement_ratio", "kl_divergence_nats")
+        wanted = (
+            "ttft_s",
+            "tpot_s",
+            "throughput_tokens_per_s",
+            "peak_memory_bytes",
+            "weights_bytes",
+            "artefact_bytes",
+            "perplexity",
+            "agreement_ratio",
+            "kl_divergence_nats",
+        )
         assert set(wanted) <= set(figures)
         assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values())
         assert figures["tpot_s"]["source"] == "measured"
@@ -102,7 +119,17 @@ def test_the_run_folder_holds_what_it_promises(planned: dict) -> None:
 
 def test_it_can_be_looked_at(planned: dict, place: Path) -> None:
     best = planned["recommended_id"]
-    for argv in (["ls", "runs"], ["ls", "plans"], ["show", best], ["explain"], ["explain", "baseline"], ["explain", "--why-not", "weight_int8"], ["explain", "--budget", "peak_memory"], ["compare", "baseline", best], ["compare", "leanplan.lock", best]):
+    for argv in (
+        ["ls", "runs"],
+        ["ls", "plans"],
+        ["show", best],
+        ["explain"],
+        ["explain", "baseline"],
+        ["explain", "--why-not", "weight_int8"],
+        ["explain", "--budget", "peak_memory"],
+        ["compare", "baseline", best],
+        ["compare", "leanplan.lock", best],
+    ):
         done = leanplan(*argv, cwd=place)
         assert done.returncode == 0, (argv, done.stderr)
         assert done.stdout.strip(), argv
@@ -148,7 +175,9 @@ def test_check_judges_the_locked_plan(planned: dict, place: Path) -> None:
 
 
 def test_impossible_budgets_are_told_with_the_nearest_plan(place: Path) -> None:
-    (place / "tiny.yaml").write_text((place / "leanplan.yaml").read_text().replace("max: 4 GiB}\n  q", "max: 1 KiB}\n  q"))
+    (place / "tiny.yaml").write_text(
+        (place / "leanplan.yaml").read_text().replace("max: 4 GiB}\n  q", "max: 1 KiB}\n  q")
+    )
     done = leanplan("plan", "tiny.yaml", "--predict", cwd=place)
     assert done.returncode == 1
     assert "No plan meets every budget" in done.stdout

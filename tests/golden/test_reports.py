@@ -27,7 +27,9 @@ HOSTILE = "x[/bold]|`</script><img onerror=alert(1)>@everyone\x1b[2J::error::"
 
 def result(engine: str, steps: tuple[Step, ...], tpot_s: float, peak: float, loss: float) -> PlanResult:
     def figure(value: float, spread: float = 0.02) -> Figure:
-        return Figure(value=value, low=value * (1 - spread), high=value * (1 + spread), n=100, samples=(value,) * 100, p95=value)
+        return Figure(
+            value=value, low=value * (1 - spread), high=value * (1 + spread), n=100, samples=(value,) * 100, p95=value
+        )
 
     figures = {
         "ttft_s": figure(4 * tpot_s), "tpot_s": figure(tpot_s), "throughput_tokens_per_s": figure(1 / tpot_s),
@@ -46,7 +48,9 @@ def answer(name: str = "toy") -> ParetoSet:
         result("transformers", (), 0.02, 900e6, 0.0),
         result("llama_cpp", (Step("weight_gguf", {"type": "q4_k"}),), 0.004, 200e6, 0.03),
         result("llama_cpp", (Step("weight_gguf", {"type": "q3_k"}),), 0.0035, 180e6, 0.08),
-        PlanResult(plan=broken, measurement=Measurement(plan=broken, key="b", hardware_fingerprint="toy", failure=failure)),
+        PlanResult(
+            plan=broken, measurement=Measurement(plan=broken, key="b", hardware_fingerprint="toy", failure=failure)
+        ),
     ]
     results = answering.mark_front(results, OBJECTIVES)
     best = answering.recommend(results, OBJECTIVES)

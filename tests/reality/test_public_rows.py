@@ -23,7 +23,9 @@ from cost_models.predict import estimate
 from knowledge_base.errors import LeanplanError
 from knowledge_base.types import Model, Plan, Step, Workload
 
-ROWS = Path(os.environ.get("LEANPLAN_PUBLIC_ROWS") or Path(__file__).resolve().parents[3] / "shared/data/ground_truth.csv")
+ROWS = Path(
+    os.environ.get("LEANPLAN_PUBLIC_ROWS") or Path(__file__).resolve().parents[3] / "shared/data/ground_truth.csv"
+)
 
 # name pattern, then layers, hidden, heads, KV heads, head size, feed-forward, vocabulary, tied embeddings
 SHAPES = (
@@ -80,7 +82,10 @@ def read_pairs() -> list[dict]:
             model, kind = model_of(row["model"]), FORMATS.get(row["weight_dtype"])
             if device is None or model is None or kind is None:
                 continue
-            workload = Workload(prompt_tokens=int(float(row["prompt_tokens"] or 0)) or 1, output_tokens=max(int(float(row["output_tokens"] or 0)), 128))
+            workload = Workload(
+                prompt_tokens=int(float(row["prompt_tokens"] or 0)) or 1,
+                output_tokens=max(int(float(row["output_tokens"] or 0)), 128),
+            )
             plan = Plan(model_digest=model.digest, engine="llama_cpp", steps=(Step("weight_gguf", {"type": kind}),))
             machine = find_machine(device)
             try:
@@ -125,12 +130,16 @@ def main() -> None:
             bias = statistics.median(math.log(p["predicted"] / p["measured"]) for p in chosen)
             covered = statistics.mean(p["low"] <= p["measured"] <= p["high"] for p in chosen)
             errors = [error(p) for p in chosen]
-            print(f"{value[:36]:36} {len(chosen):4} {statistics.mean(errors):7.1%} {statistics.median(errors):7.1%} {math.expm1(bias):+7.1%} {covered:7.0%}")
+            print(
+                f"{value[:36]:36} {len(chosen):4} {statistics.mean(errors):7.1%} {statistics.median(errors):7.1%} {math.expm1(bias):+7.1%} {covered:7.0%}"
+            )
     errors = [error(p) for p in pairs]
     rule = [abs(0.55 * p["bandwidth"] / p["bytes"] / p["measured"] - 1) for p in pairs]
     rank = spearman(np.array([p["predicted"] for p in pairs]), np.array([p["measured"] for p in pairs]))
-    print(f"\nall {len(pairs)} rows: mean {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, rank {rank:.3f}; "
-          f"0.55 x bandwidth / weights: mean {statistics.mean(rule):.1%}, median {statistics.median(rule):.1%}")
+    print(
+        f"\nall {len(pairs)} rows: mean {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, rank {rank:.3f}; "
+        f"0.55 x bandwidth / weights: mean {statistics.mean(rule):.1%}, median {statistics.median(rule):.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,10 @@ def test_failed_and_modelled_figures_teach_nothing() -> None:
 
     good = measured(truths(0), [0, 1, 2])
     failed = [replace(m, failure=Failure(kind="crashed", stage="measure", message="gone")) for m in good]
-    modelled = [replace(m, figures={"energy_j_per_token": Figure(value=9.0, low=9.0, high=9.0, n=1, source="modelled")}) for m in good]
+    modelled = [
+        replace(m, figures={"energy_j_per_token": Figure(value=9.0, low=9.0, high=9.0, n=1, source="modelled")})
+        for m in good
+    ]
     assert not calibrate.fit([*failed, *modelled], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE).corrections
 
 
@@ -114,7 +117,9 @@ def test_a_common_factor_is_learned_from_one_measurement_of_each_engine() -> Non
     # what was learned of a step's time reaches what is made of it
     before = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["latency_s"].mid
     assert np.all(figures["latency_s"].mid > 1.3 * before)
-    assert np.array_equal(figures["ttft_s"].mid, estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["ttft_s"].mid)
+    assert np.array_equal(
+        figures["ttft_s"].mid, estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["ttft_s"].mid
+    )
 
 
 def test_quality_is_learned_step_by_step() -> None:
@@ -131,7 +136,9 @@ def test_quality_is_learned_step_by_step() -> None:
 
 
 def test_another_model_of_the_machine_helps() -> None:
-    other = replace(TOY_MODEL, digest="other", linear_params=4 * TOY_MODEL.linear_params, weight_bytes=4 * TOY_MODEL.weight_bytes)
+    other = replace(
+        TOY_MODEL, digest="other", linear_params=4 * TOY_MODEL.linear_params, weight_bytes=4 * TOY_MODEL.weight_bytes
+    )
     prior = estimate_many(PLANS, other, TOY_WORKLOAD, TOY_MACHINE)["tpot_s"].mid
     group = (measured(1.8 * prior, [0, 5, 9, 20, 30]), other, TOY_WORKLOAD)
     calibration = calibrate.fit([], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, others=[group])
@@ -154,14 +161,19 @@ def test_one_plan_and_many_agree_when_calibrated_and_say_so() -> None:
     many = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
     one = estimate(PLANS[5], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)
     for name, value in one.values.items():
-        assert (value.mid, value.low, value.high) == pytest.approx((many[name].mid[5], many[name].low[5], many[name].high[5]), rel=1e-12)
+        assert (value.mid, value.low, value.high) == pytest.approx(
+            (many[name].mid[5], many[name].low[5], many[name].high[5]), rel=1e-12
+        )
     assert one.values["tpot_s"].source == "calibrated"
     assert one.values["weights_bytes"].source == "analytic"
 
 
 def test_error_report_by_hand() -> None:
     values = truths(1)
-    pairs = [(estimate(PLANS[i], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE), m) for i, m in enumerate(measured(values, list(range(8))))]
+    pairs = [
+        (estimate(PLANS[i], TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE), m)
+        for i, m in enumerate(measured(values, list(range(8))))
+    ]
     row = error_report(pairs)["tpot_s"]
     errors = [abs(e.values["tpot_s"].mid / m.figures["tpot_s"].value - 1) for e, m in pairs]
     assert row["n"] == 8
@@ -180,6 +192,10 @@ def test_prediction_loads_neither_torch_nor_scikit_learn() -> None:
     )
     tests = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"

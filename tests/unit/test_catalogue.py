@@ -13,7 +13,13 @@ DEVICES = read_rows("devices.csv")
 
 def test_every_row_has_a_source() -> None:
     assert len(DEVICES) >= 128
-    for file in ("devices.csv", "efficiencies.csv", "engine_overheads.csv", "grid_carbon.csv", "electricity_prices.csv"):
+    for file in (
+        "devices.csv",
+        "efficiencies.csv",
+        "engine_overheads.csv",
+        "grid_carbon.csv",
+        "electricity_prices.csv",
+    ):
         assert all(row["source"] for row in read_rows(file)), file
     assert all(row["price_source"] for row in DEVICES if row["price_usd_per_h"])
     assert len(set(names())) == len(DEVICES)
@@ -71,11 +77,17 @@ def test_an_engine_without_rows_works_with_wide_intervals() -> None:
     prior = efficiency("an engine without rows", "a format without rows", False, "cpu", frozenset())
     ours = efficiency("transformers", "float32", False, "cpu", frozenset())
     assert prior.log_sd > ours.log_sd
-    assert overhead("an engine without rows", "cpu", frozenset()).log_sd > overhead("transformers", "cpu", frozenset()).log_sd
+    assert (
+        overhead("an engine without rows", "cpu", frozenset()).log_sd
+        > overhead("transformers", "cpu", frozenset()).log_sd
+    )
 
 
 def test_the_row_of_the_device_family_wins() -> None:
-    assert overhead("llama_cpp", "gpu", frozenset({"metal"})).kernel_s > overhead("llama_cpp", "gpu", frozenset({"cuda"})).kernel_s
+    assert (
+        overhead("llama_cpp", "gpu", frozenset({"metal"})).kernel_s
+        > overhead("llama_cpp", "gpu", frozenset({"cuda"})).kernel_s
+    )
 
 
 def test_regions() -> None:

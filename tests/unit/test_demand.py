@@ -75,14 +75,20 @@ def test_chain_shows_each_step() -> None:
 
 def test_memo_gives_what_the_rewrites_give() -> None:
     memo = Chains(TOY_MODEL, TOY_WORKLOAD)
-    steps = (Step("drop_layers", {"count": 2}), Step("weight_dtype", {"dtype": "bfloat16"}), Step("batch_size", {"count": 4}))
+    steps = (
+        Step("drop_layers", {"count": 2}),
+        Step("weight_dtype", {"dtype": "bfloat16"}),
+        Step("batch_size", {"count": 4}),
+    )
     for end in range(len(steps) + 1):
         for order in (steps[:end], steps[:end][::-1]):
             node = memo.node(Plan(model_digest="toy", engine="transformers", steps=order))
             assert node.demand == apply_steps(demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers"), order)
             assert tuple(step for step, _, _ in node.steps) == order
             assert sum(variance for _, variance, _ in node.steps) == pytest.approx(node.demand.perplexity_log_sd**2)
-    again = memo.node(Plan(model_digest="toy", engine="transformers", steps=tuple(Step(s.technique, dict(s.knobs)) for s in steps)))
+    again = memo.node(
+        Plan(model_digest="toy", engine="transformers", steps=tuple(Step(s.technique, dict(s.knobs)) for s in steps))
+    )
     assert again is memo.node(Plan(model_digest="toy", engine="transformers", steps=steps))
 
 

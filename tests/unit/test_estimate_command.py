@@ -29,7 +29,9 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 def test_figures_of_a_plan(capsys: pytest.CaptureFixture[str], config: str) -> None:
-    code, out, _ = run(capsys, config, "--on", "rtx-4090", "--engine", "llama_cpp", "--step", "weight_gguf:type=q4_k", "--json")
+    code, out, _ = run(
+        capsys, config, "--on", "rtx-4090", "--engine", "llama_cpp", "--step", "weight_gguf:type=q4_k", "--json"
+    )
     facts = json.loads(out)
     assert code == 0
     assert facts["words"] == "llama_cpp: weight_gguf(type=q4_k)"
@@ -40,7 +42,9 @@ def test_figures_of_a_plan(capsys: pytest.CaptureFixture[str], config: str) -> N
     assert tpot["source"] == "analytic" and "weights" in tpot["because"]
 
 
-def test_text_shows_interval_reason_and_a_plan_that_does_not_fit(capsys: pytest.CaptureFixture[str], config: str) -> None:
+def test_text_shows_interval_reason_and_a_plan_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], config: str
+) -> None:
     code, out, _ = run(capsys, config, "--on", "rtx-4060")
     assert code == 0
     assert "intervals hold 80 %" in out and "% weights" in out

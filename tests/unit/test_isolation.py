@@ -63,7 +63,16 @@ def test_forking_a_candidate_takes_less_than_a_second(start):
 
 
 def test_the_candidate_sees_a_clean_world(start, tmp_path, monkeypatch):
-    for name in ("HF_TOKEN", "MY_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "CI", "GITHUB_SHA", "LD_PRELOAD", "PYTHONPATH"):
+    for name in (
+        "HF_TOKEN",
+        "MY_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "CI",
+        "GITHUB_SHA",
+        "LD_PRELOAD",
+        "PYTHONPATH",
+    ):
         monkeypatch.setenv(name, "canary")
     with Servers(extra_ops="hostile_ops") as servers:  # a server started with these in the planner's environment
         with servers.start((), folder=tmp_path / "work", limits=LIMITS, log=tmp_path / "log.txt") as candidate:

@@ -54,8 +54,9 @@ def test_one_measurement_at_a_time(tmp_path):
     process = holder(MEASURING, str(path))
     told = []
     try:
-        with pytest.raises(EnvironmentProblem, match="another measurement") as caught, measurement_lock(
-            path=path, timeout_s=0.3, waiting=told.append
+        with (
+            pytest.raises(EnvironmentProblem, match="another measurement") as caught,
+            measurement_lock(path=path, timeout_s=0.3, waiting=told.append),
         ):
             pytest.fail("two hold the lock")
         assert str(process.pid) in told[0] or "unknown process" in told[0]
@@ -101,7 +102,10 @@ def test_the_lock_file_is_one_for_all_users():
 def test_a_run_folder_has_one_process(tmp_path):
     process = holder(RUNNING, str(tmp_path))
     try:
-        with pytest.raises(EnvironmentProblem, match=rf"run is in use by pid {process.pid} \(since \d\d:\d\d\)"), RunLock(tmp_path):
+        with (
+            pytest.raises(EnvironmentProblem, match=rf"run is in use by pid {process.pid} \(since \d\d:\d\d\)"),
+            RunLock(tmp_path),
+        ):
             pytest.fail("two hold the run")
     finally:
         process.send_signal(signal.SIGKILL)

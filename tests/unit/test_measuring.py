@@ -278,7 +278,9 @@ def test_greedy_tokens_are_reproducible(artefacts, opened):
 
 def test_faster_than_reading_the_weights_once_is_not_believed(artefacts, opened):
     job = opened(artefacts("transformers", ONE_THREAD), read_s=10.0)
-    with pytest.raises(CandidateFailed, match=r"faster than reading the weights once \(lower bound 10 s\): not believed") as caught:
+    with pytest.raises(
+        CandidateFailed, match=r"faster than reading the weights once \(lower bound 10 s\): not believed"
+    ) as caught:
         measuring.screen(job, SHORT, HARDWARE)
     assert caught.value.kind == "invalid_result"
 
@@ -369,7 +371,10 @@ def test_modelled_energy_is_labelled_and_wide():
 
 
 def test_cost_is_rent_and_electricity():
-    seconds, joules = Figure(value=0.1, low=0.1, high=0.1, n=10), Figure(value=2.0, low=1.0, high=4.0, n=10, source="modelled")
+    seconds, joules = (
+        Figure(value=0.1, low=0.1, high=0.1, n=10),
+        Figure(value=2.0, low=1.0, high=4.0, n=10, source="modelled"),
+    )
     rent = energy.cost(seconds, joules, HARDWARE)
     assert rent.value == pytest.approx(0.1 * 0.1 / 3600) and rent.source == "measured"
     both = energy.cost(seconds, joules, replace(HARDWARE, electricity_usd_per_kwh=0.2))

@@ -46,7 +46,15 @@ def test_a_damaged_record_counts_as_absent_and_is_told(tmp_path: Path) -> None:
     assert store.damaged == [path]
 
 
-FACTS = {"plan": PLAN, "model": "m", "data": "d", "workload": TOY_WORKLOAD, "versions": {"torch": "2"}, "machine": "toy", "protocol": {"n": 9}}
+FACTS = {
+    "plan": PLAN,
+    "model": "m",
+    "data": "d",
+    "workload": TOY_WORKLOAD,
+    "versions": {"torch": "2"},
+    "machine": "toy",
+    "protocol": {"n": 9},
+}
 
 
 @pytest.mark.parametrize("changed", list(FACTS))
@@ -82,7 +90,14 @@ def test_a_torn_last_event_is_cut_off(tmp_path: Path) -> None:
 
 
 def lock() -> Lock:
-    return Lock(plan=PLAN, artefact_digest="a" * 64, hardware_name="toy", hardware_fingerprint="toy", workload=TOY_WORKLOAD, figures=FIGURES)
+    return Lock(
+        plan=PLAN,
+        artefact_digest="a" * 64,
+        hardware_name="toy",
+        hardware_fingerprint="toy",
+        workload=TOY_WORKLOAD,
+        figures=FIGURES,
+    )
 
 
 def test_lock_round_trip_leaves_samples_out(tmp_path: Path) -> None:
