@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Put the technique of CONTRIBUTING.md in a folder of its own, as its only file, and let the registry see it."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
@@ -22,10 +24,13 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "weight_rounded.py").write_text(code[1], encoding="utf-8")
     monkeypatch.setattr(knowledge_base.techniques, "__path__", [*knowledge_base.techniques.__path__, str(tmp_path)])
     yield "weight_rounded"
+    monkeypatch.undo()
     techniques._loaded.pop("weight_rounded", None)
-    import sys
-
     sys.modules.pop("knowledge_base.techniques.weight_rounded", None)
+    for module in [m for name, m in sys.modules.items() if name.startswith(("knowledge_base.", "cost_models."))]:
+        for value in list(vars(module).values()):  # what was learned of the registry while the guest was in it
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def test_registry_and_search_space_find_it(added: str) -> None:

@@ -17,7 +17,7 @@ TECHNIQUE = Technique(
     knobs={"dtype": Choice(options=("bfloat16", "float16"), default="bfloat16")},
     saves=("weights_bytes", "kv_cache_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "tpot_s",
            "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),
-    spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s"),
+    spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s", "ttft_s"),
     provides=frozenset({"half_precision"}),
     sources=("arXiv:1905.12322", "https://github.com/Lightning-AI/litgpt/blob/main/tutorials/finetune_lora.md"),
 )  # fmt: skip

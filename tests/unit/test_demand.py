@@ -55,9 +55,11 @@ def test_state_space_model_has_no_cache() -> None:
     assert demand.kv_bytes_per_token == demand.attention_flop_per_token_pair == 0
 
 
-def test_llama_cpp_keeps_a_half_precision_cache() -> None:
-    ours = demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers").kv_bytes_per_token
-    assert demand_of(TOY_MODEL, TOY_WORKLOAD, "llama_cpp").kv_bytes_per_token == ours / 2
+@pytest.mark.parametrize(("dtype", "value_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_an_unchanged_cache_is_as_wide_as_the_weights(dtype: str, value_bytes: int) -> None:
+    model = replace(TOY_MODEL, weight_dtype=dtype)
+    for engine in ("transformers", "llama_cpp"):
+        assert demand_of(model, TOY_WORKLOAD, engine).kv_bytes_per_token == value_bytes * model.kv_values_per_token
 
 
 @pytest.mark.parametrize(("window", "pairs"), [(float("inf"), 5050), (100, 5050), (10, 955), (1, 100)])

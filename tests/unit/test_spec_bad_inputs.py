@@ -295,7 +295,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def test_18_hostile_yaml(refused: Any, content: str, says: str, tmp_path: Path) -> None:
     started = time.process_time()
     assert says in refused(content)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10  # an alias bomb or a quadratic parser takes minutes
     tracemalloc.start()
     try:
         refused(None)
