@@ -33,7 +33,7 @@ FINALISTS = 3
 OTHERS = 40  # measurements of other runs that calibration learns from: fitting takes time
 SEARCHES = 2  # before and after the first measurements have corrected the predictions; later rounds price the pool anew
 STOP_GRACE_S = 10.0
-BUILD_SHARE = 0.12  # of the time limit, that building one candidate may be predicted to take
+BUILD_SHARE = 0.1  # of the time limit, that building one candidate may be predicted to take
 FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
 
 

@@ -16,7 +16,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(exhaustive_plans=20_000, trials=1_000, population=50, batch=3),
+    "quick": Effort(exhaustive_plans=20_000, trials=1_000, population=50, batch=2),
     "normal": Effort(exhaustive_plans=60_000, trials=3_000, population=50, batch=3),
     "thorough": Effort(exhaustive_plans=200_000, trials=10_000, population=100, batch=4),
 }

@@ -223,7 +223,15 @@ def _processes_under(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    ids=lambda s: s.name,
+)
 def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, how: signal.Signals) -> None:
     runs, store = tmp_path / "runs", tmp_path / "store"
     where = ("--run-dir", str(runs), "--store", str(store))
