@@ -6,12 +6,14 @@ import io
 import os
 import sys
 
+from knowledge_base.metrics import find_metric
 from planner.cli._talk import clean
 from planner.reports import _table
 from planner.results import ParetoSet
 
 REPORT = "a table for the terminal"
 SUFFIX = ".txt"
+NARROW = 80  # columns below which plans are listed as blocks
 _ASCII = str.maketrans(
     {
         "★": "*",
@@ -56,21 +58,30 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     for conflict in answer.conflicts:
         console.print(text("  " + conflict))
     names = _table.columns(answer)
-    table = Table(
-        title=text(f"{answer.model.name} on {answer.hardware.name} ({kind})"),
-        box=None if columns < 60 else _box(ascii_only),
-        expand=False,
-    )
+    # Objectives and budgets always have a column; the others where the plan's words keep room to be read.
+    asked = {find_metric(o)[0].name for o in answer.objectives} | {b.metric for b in answer.budgets}
+    names = names[: max(len(asked), (columns - 64) // 17)]
+    title = f"{answer.model.name} on {answer.hardware.name} ({kind})"
+    table = Table(title=text(title), box=_box(ascii_only), expand=False)
     for heading in ("", "id", "plan"):
-        table.add_column(text(heading), overflow="fold", min_width=10 if heading == "plan" and columns > 60 else None)
+        table.add_column(text(heading), overflow="fold", min_width=34 if heading == "plan" and columns > 100 else None)
     for name in names:
         table.add_column(text(_table.heading(name)), justify="right", overflow="fold")
+    if columns < NARROW:
+        console.print(text(title))
     for result in _table.ordered(answer):
         cells = [_table.cell(result, name, measured=answer.measured) for name in names]
         style = "bold" if result.plan.id == answer.recommended_id else "" if result.on_front else "dim"
         who = result.plan.words + ("  (the model as it came)" if result is answer.baseline else "")
-        table.add_row(*(text(c, style) for c in (_table.mark(result, answer), result.plan.id, who, *cells)))
-    console.print(table)
+        mark = _table.mark(result, answer)
+        if columns < NARROW:  # a block for each plan where a table would be a column of letters
+            console.print(text(f"{mark} {result.plan.id} {who}", style))
+            for name, cell in zip(names, cells):
+                console.print(text(f"    {_table.heading(name)} {cell}", style))
+        else:
+            table.add_row(*(text(c, style) for c in (mark, result.plan.id, who, *cells)))
+    if columns >= NARROW:
+        console.print(table)
     console.print(
         text(
             "★ recommended   ● on the Pareto front   ○ measured, dominated   ✓ budget met   ✗ not met   ? cannot be told"
