@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +98,6 @@ def check(
         spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
     )  # fmt: skip
-    _require_measurable(prepared.hardware.energy_counters, spec, settings.predict)
     notes = list(prepared.notes)
     plan = loop.baseline_plan(loop.problem_of(prepared))
     if locked is None:
@@ -200,22 +198,6 @@ def _predicted(prepared, plan: Plan) -> tuple[ParetoSet, PlanResult]:  # type: i
     return answer, PlanResult(
         plan=plan, estimate=estimate, verdicts=judge(prepared.spec.budgets, baseline=reference, estimate=estimate)
     )
-
-
-def _require_measurable(counters: Sequence[str], spec: Spec, predict: bool) -> None:
-    for budget in spec.budgets:
-        if (
-            METRICS[budget.metric].resource == "energy"
-            and budget.level == "error"
-            and budget.source != "any"
-            and not counters
-            and not predict
-        ):
-            raise EnvironmentProblem(
-                f"{budget.label}: energy can only be modelled here (no energy counter)",
-                hint="allow it with source: any, or set level: warn",
-                where=f"line {budget.line}" if budget.line else None,
-            )
 
 
 def _now() -> float:

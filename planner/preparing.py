@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knowledge_base.errors import BadInput, EnvironmentProblem
+from knowledge_base.metrics import METRICS
 from knowledge_base.registry import engines
 from knowledge_base.types import Hardware, Model
 from planner.results import Rejection
@@ -62,6 +63,8 @@ def prepare(
         )
     only_predict = predict or spec.hardware != "local"
     hardware = _with_prices(find(spec.hardware, store, tell=tell), spec)
+    if not only_predict:
+        _require_measurable(hardware, spec)
     read = read_model(
         model_source(spec),
         revision=spec.model.revision,
@@ -106,6 +109,18 @@ def prepare(
         refused=refused,
         notes=tuple(read.notes),
     )
+
+
+def _require_measurable(hardware: Hardware, spec: Spec) -> None:
+    """Refuse a budget of level error on energy where this machine can only model it (asked for by `source: any`)."""
+    for budget in spec.budgets:
+        measured_only = budget.level == "error" and budget.source != "any"
+        if METRICS[budget.metric].resource == "energy" and measured_only and not hardware.energy_counters:
+            raise EnvironmentProblem(
+                f"{budget.label}: energy can only be modelled here (no energy counter)",
+                hint="allow it with source: any, or set level: warn",
+                where=f"line {budget.line}" if budget.line else "budgets",
+            )
 
 
 def _with_prices(hardware: Hardware, spec: Spec) -> Hardware:

@@ -17,7 +17,9 @@ def test_the_spec_shown_is_the_example() -> None:
 
 
 def test_every_command_shown_exists() -> None:
-    shown = set(re.findall(r"^leanplan ([a-z]+)", README, re.MULTILINE)) | set(re.findall(r"`leanplan ([a-z]+)", README))
+    shown = set(re.findall(r"^leanplan ([a-z]+)", README, re.MULTILINE)) | set(
+        re.findall(r"`leanplan ([a-z]+)", README)
+    )
     assert shown <= set(commands.names())
     assert {"plan", "check", "build", "validate", "explain"} <= shown
 
@@ -33,5 +35,5 @@ def test_every_command_has_help_of_one_line() -> None:
 
 
 def test_every_issue_command_is_there() -> None:
-    wanted = "init doctor probe plan estimate check build verify explain compare ls show validate schema clean".split()
+    wanted = ["init", "doctor", "probe", "plan", "estimate", "check", "build", "verify", "explain", "compare", "ls", "show", "validate", "schema", "clean"]
     assert set(wanted) <= set(commands.names())

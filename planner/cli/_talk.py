@@ -36,7 +36,11 @@ def emit(options: Any, value: Any, text: str) -> None:
         out = text
     out = _SECRET.sub("***", out).rstrip("\n") + "\n"
     if path := getattr(options, "output_file", None):
-        write_atomic(Path(path), out)
+        if Path(path).exists() and not Path(path).is_file():  # a pipe or device is written to, never replaced
+            with Path(path).open("w", encoding="utf-8") as file:
+                file.write(out)
+        else:
+            write_atomic(Path(path), out)
     elif out.strip():
         _write(sys.stdout, out if getattr(options, "json", False) else _CONTROL.sub(_keep_colour(out), out))
 

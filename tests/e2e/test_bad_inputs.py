@@ -130,3 +130,66 @@ def test_a_secret_in_a_spec_is_not_repeated(tmp_path: Path) -> None:
 def test_a_spec_from_stdin(tmp_path: Path) -> None:
     done = leanplan("validate", "-", cwd=ROOT / "examples", stdin=(ROOT / "examples" / "llama-70b.yaml").read_text())
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a machine profile already measured, so that each case below is quick."""
+    from planner.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("faults")
+    make_tiny_model(folder / "model")
+    assert leanplan("probe", cwd=folder).returncode == 0
+    return folder
+
+
+WORKLOAD = "workload: {prompt_tokens: 16, output_tokens: 4}\n"
+
+
+def test_an_energy_budget_that_cannot_be_measured_is_named_at_the_start(place: Path) -> None:
+    profile = json.loads(leanplan("probe", "--json", cwd=place).stdout)
+    if profile.get("hardware", profile).get("energy_counters"):
+        pytest.skip("this machine has an energy counter")
+    (place / "energy.yaml").write_text(GOOD.replace("peak_memory: {max: 1 GiB}", "energy: {max: 1 J/token}") + WORKLOAD)
+    for command in ("plan", "check"):
+        done = leanplan(command, "energy.yaml", cwd=place)
+        assert done.returncode == 4
+        assert "source: any" in done.stderr
+
+
+def test_a_baseline_that_does_not_run_is_told(place: Path) -> None:
+    (place / "small.yaml").write_text(GOOD + WORKLOAD + "limits: {memory: 32 MiB}\nengines: [transformers]\n")
+    done = leanplan("plan", "small.yaml", cwd=place)
+    assert done.returncode == 4, done.stderr
+    assert "does not run here" in done.stderr
+    assert "oom_host" in done.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(place: Path) -> None:
+    (place / "file").write_text("not a folder")
+    (place / "leanplan.yaml").write_text(GOOD + WORKLOAD)
+    done = leanplan("plan", "--run-dir", str(place / "file" / "runs"), cwd=place)
+    assert done.returncode == 4, done.stderr
+    assert "file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_home_is_no_problem(place: Path) -> None:
+    (place / "leanplan.yaml").write_text(GOOD + WORKLOAD)
+    environment = {k: v for k, v in os.environ.items() if k != "HOME"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "plan", "--predict"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_is_told(place: Path) -> None:
+    done = leanplan("ls", "metrics", "--output-file", "/dev/full", cwd=place)
+    assert done.returncode == 4
+    assert "free space" in done.stderr
+    assert Path("/dev/full").is_char_device(), "a device was replaced by a file"
