@@ -35,5 +35,21 @@ def test_every_command_has_help_of_one_line() -> None:
 
 
 def test_every_issue_command_is_there() -> None:
-    wanted = ["init", "doctor", "probe", "plan", "estimate", "check", "build", "verify", "explain", "compare", "ls", "show", "validate", "schema", "clean"]
+    wanted = [
+        "init",
+        "doctor",
+        "probe",
+        "plan",
+        "estimate",
+        "check",
+        "build",
+        "verify",
+        "explain",
+        "compare",
+        "ls",
+        "show",
+        "validate",
+        "schema",
+        "clean",
+    ]
     assert set(wanted) <= set(commands.names())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(600)  # whole runs of the real thing, on machines that may be busy
 SPEC = """\
 version: 1
 goal: serve
