@@ -20,7 +20,9 @@ def measured_run() -> Path:
     """Plan the example afresh and return its run folder."""
     folder = Path(tempfile.mkdtemp(prefix="leanplan-benchmark-"))
     command = [str(Path(sys.executable).with_name("leanplan")), "plan", "examples/tiny-lm.yaml"]
-    subprocess.run([*command, "--run-dir", str(folder / "runs"), "--store", str(folder / "store")], cwd=ROOT, check=True)
+    subprocess.run(
+        [*command, "--run-dir", str(folder / "runs"), "--store", str(folder / "store")], cwd=ROOT, check=True
+    )
     return next((folder / "runs").glob("*/result.json")).parent
 
 

@@ -43,14 +43,14 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def run(content: str | bytes | None, name: str = "leanplan.yaml") -> str:
         if content is not None:
             (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        before = tree(tmp_path), os.listdir(tmp_path.parent)
+        before = tree(tmp_path), set(tmp_path.parent.iterdir())
         code = main(["validate", name])
         said = capsys.readouterr()
         assert code == 2, said.err
         assert said.out == ""
         assert "Traceback" not in said.err
         assert "hint: " in said.err
-        assert (tree(tmp_path), os.listdir(tmp_path.parent)) == before
+        assert (tree(tmp_path), set(tmp_path.parent.iterdir())) == before
         return said.err
 
     return run
