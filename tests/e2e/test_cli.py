@@ -28,6 +28,7 @@ quality: {{data: {heldout}}}
 techniques: {{only: [weight_int8, weight_gguf, drop_layers]}}
 search: {{effort: quick, time_limit: 150 s, max_measured: 4, seed: 0}}
 limits: {{memory: 4 GiB, time_per_candidate: 60 s, disk: 2 GiB}}
+check: {{regression: 1000 %}}
 """
 
 
