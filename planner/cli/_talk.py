@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from planner.scrubbing import scrub
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Known shapes of credentials; the last scrub over anything written for people (RELIABILITY rule: nothing secret leaves).
-_SECRET = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{12,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
 
 
 def clean(text: str) -> str:
     """Return text without control characters and without anything shaped like a credential."""
-    return _SECRET.sub("***", _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text.replace("\r\n", "\n")))
+    return scrub(_CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text.replace("\r\n", "\n")))
 
 
 def say(text: str, *, quiet: int = 0) -> None:
@@ -34,7 +32,7 @@ def emit(options: Any, value: Any, text: str) -> None:
         out = json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False)
     else:
         out = text
-    out = _SECRET.sub("***", out).rstrip("\n") + "\n"
+    out = scrub(out).rstrip("\n") + "\n"
     if path := getattr(options, "output_file", None):
         if Path(path).exists() and not Path(path).is_file():  # a pipe or device is written to, never replaced
             with Path(path).open("w", encoding="utf-8") as file:

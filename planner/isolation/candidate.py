@@ -23,7 +23,8 @@ from typing import Any
 from knowledge_base import units
 from knowledge_base.errors import FAILURE_KINDS, CandidateFailed, EnvironmentProblem
 from planner.isolation import watching
-from planner.isolation.environment import clean_environment, scrub
+from planner.isolation.environment import clean_environment
+from planner.scrubbing import scrub, scrub_bytes
 
 GRACE_S = 5.0  # from the decision to stop a candidate to SIGKILL
 PRELOAD_S = 180.0  # importing torch and transformers on a slow, busy machine
@@ -297,7 +298,7 @@ class Candidate:
                 return reply
             error = message.get("error")
             if isinstance(error, dict) and error.get("kind") in FAILURE_KINDS and isinstance(error.get("message"), str):
-                text = scrub(error["message"].encode()).decode(errors="replace")
+                text = scrub(error["message"])
                 raise CandidateFailed(error["kind"], text, hint=f"see {self.log}")
             raise self._fail("invalid_result", f"malformed reply to `{op}`")
 
@@ -459,12 +460,12 @@ class Candidate:
                 cut = len(tail) if (over and not open_) or len(tail) > 1 << 16 else tail.rfind(b"\n") + 1
                 if cut:  # whole lines, so that no secret is split over two writes
                     room = self.limits.log_bytes - (0 if self._verdict else LOG_RESERVE_BYTES) - written
-                    lines, tail = scrub(tail[:cut]), tail[cut:]
+                    lines, tail = scrub_bytes(tail[:cut]), tail[cut:]
                     log.write(lines[: max(0, room)])
                     log.flush()
                     written += min(len(lines), max(0, room))
                 if over and not (open_ and chunk):
-                    log.write(scrub(tail))
+                    log.write(scrub_bytes(tail))
                     return
                 if not over and time.monotonic() >= next_check:
                     used = self._check_usage(scan, disk)

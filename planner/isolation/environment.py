@@ -1,9 +1,8 @@
-"""What a candidate may see of the planner's environment, and what may not appear in what it writes."""
+"""What a candidate may see of the planner's environment."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,11 +21,6 @@ FIXED = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy must not start threads before the fork
 }
 
-SECRETS = re.compile(
-    rb"hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{20,}"
-    rb"|glpat-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-
 
 def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a candidate: the allow-list, offline switches, and `home` as HOME and TMPDIR.
@@ -38,8 +32,3 @@ def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dic
     # Candidates of one run share what torch.compile made, and nothing outlives the run.
     compiled = {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
     return {**kept, **FIXED, **compiled, "HOME": str(home), "TMPDIR": str(home)}
-
-
-def scrub(text: bytes) -> bytes:
-    """Return text with known shapes of secrets (hub, cloud and forge tokens, passwords in URLs) replaced by `***`."""
-    return SECRETS.sub(b"***", text)

@@ -15,7 +15,8 @@ import pytest
 
 from knowledge_base.errors import CandidateFailed
 from planner.isolation import Limits, Servers, watching
-from planner.isolation.environment import clean_environment, scrub
+from planner.isolation.environment import clean_environment
+from planner.scrubbing import scrub, scrub_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(memory_bytes=1 << 30, time_s=60, disk_bytes=64 << 20)
@@ -97,7 +98,8 @@ def test_the_environment_is_an_allow_list():
 
 def test_secrets_are_scrubbed():
     text = b"hf_abcdefghijklmnopqrst postgresql://me:pass@host/db AKIAABCDEFGHIJKLMNOP and shf_short"
-    assert scrub(text) == b"*** postgresql://***@host/db *** and shf_short"
+    assert scrub(text.decode()) == "*** postgresql://***@host/db *** and shf_short"
+    assert scrub_bytes(text) == b"*** postgresql://***@host/db *** and shf_short"
 
 
 def test_an_engine_that_needs_no_torch_gets_none(start):
