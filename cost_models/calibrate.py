@@ -2,13 +2,12 @@
 
 scikit-learn's BayesianRidge learns each effect's size and the noise; with no data it returns the prior, with a few
 points it shrinks towards it. The width of intervals is set by leave-one-out errors (jackknife conformal prediction,
-Barber et al. 2021, arXiv:1905.02928), tempered by the normal quantile while points are few.
+Barber et al. 2021, arXiv:1905.02928), tempered by Student's t while points are few.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,18 +15,19 @@ from types import ModuleType
 
 import numpy as np
 
-from cost_models.calibration import Calibration, Correction, Effects, Features, design, posterior
+from cost_models.calibration import Calibration, Correction, Effects, Features, design, own_log_sd, posterior
 from cost_models.case import case_of
 from cost_models.demand import chains
-from cost_models.predict import COVERAGE, Figures, Z, predict_term
+from cost_models.predict import COVERAGE, DEGREES, Figures, Z, predict_term
 from cost_models.terms import in_order
 from cost_models.terms._prediction import Prediction
 from knowledge_base.types import Hardware, Measurement, Model, Workload
 
-NOISE_SHARE = 0.15  # of a metric's prior uncertainty: what repeating a measurement or a simple physics leaves open
+NOISE_SHARE = 0.25  # of a metric's prior uncertainty: what repeating a measurement or a simple physics leaves open
 NOISE_FLOOR = 0.005
 LEAVE_OUT = 24  # at most so many refits for the conformal width
-PSEUDO = 9  # normal quantiles that stand in for leave-one-out errors while points are few
+PSEUDO = 9  # quantiles that stand in for leave-one-out errors while points are few
+WORST_SCORE = 6.0  # in standard deviations: one spoiled measurement must not widen all intervals without bound
 
 Group = tuple[Sequence[Measurement], Model, Workload]
 
@@ -83,7 +83,7 @@ def _observe(
     """Return effects, (2, plans) prior standard deviations and log errors of the plans whose figure was measured."""
     shift = getattr(term, "SHIFT", 0.0)
     mids = np.broadcast_to(raw.mid, (len(good),)) + shift
-    priors = np.stack([np.broadcast_to(sd, (len(good),)) for sd in (raw.log_sd, raw.step_log_sd)])
+    priors = np.stack([np.broadcast_to(sd, (len(good),)) for sd in (own_log_sd(raw), raw.step_log_sd)])
     chosen, errors = [], []
     for i, measurement in enumerate(good):
         figure = measurement.figures.get(term.QUANTITY)
@@ -126,13 +126,18 @@ def _fit_one(effects: Effects, priors: np.ndarray, errors: np.ndarray) -> Correc
 def conformal_quantile(scores: Sequence[float]) -> float:
     """Return how many standard deviations hold COVERAGE of new errors, from leave-one-out errors in such units.
 
-    The ceil((m + 1) COVERAGE)-th smallest of the m scores, PSEUDO quantiles of the half-normal among them.
+    The ceil((m + 1) COVERAGE)-th smallest of the m scores and PSEUDO quantiles of half of Student's t. That is the
+    predictive distribution of a normal error whose variance is only known to about 1, from DEGREES
+    observations, and has since been seen in the scores: quick to widen when errors exceed it.
 
-    >>> round(conformal_quantile([]), 4)
-    1.2816
+    >>> round(conformal_quantile([]), 2), round(conformal_quantile([0.5] * 5), 2), round(conformal_quantile([3.0] * 5), 2)
+    (1.53, 0.84, 3.0)
     """
-    normal = statistics.NormalDist()
-    pseudo = [normal.inv_cdf(0.5 + k / (PSEUDO + 1) / 2) for k in range(1, PSEUDO + 1)]
+    from scipy.special import stdtrit
+
+    degrees = DEGREES + len(scores)
+    scale = math.sqrt((DEGREES + sum(min(z, WORST_SCORE) ** 2 for z in scores)) / degrees)
+    pseudo = [scale * float(stdtrit(degrees, 0.5 + k / (PSEUDO + 1) / 2)) for k in range(1, PSEUDO + 1)]
     pool = sorted([*scores, *pseudo])
     return pool[min(math.ceil((len(pool) + 1) * COVERAGE), len(pool)) - 1]
 

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.demand import Node
+from cost_models.demand import STEPS, Node
 from cost_models.terms._prediction import Prediction
-from knowledge_base.types import Step
 
 # Shares of the prior variance. Common effects scale with the metric's typical uncertainty, the others with the plan's.
-SHARES = {"machine": 0.35, "model": 0.10, "engine": 0.20, "format": 0.25, "technique": 0.03, "setting": 0.02}
+SHARES = {"machine": 0.35, "model": 0.10, "engine": 0.20, "format": 0.25, "technique": 0.15, "setting": 0.08}
 COMMON = ("machine", "model", "engine")
 
 
@@ -62,23 +61,45 @@ class Features:
         """Return the effects that term learns about."""
         kind = getattr(term, "LEARNS", "machine")
         if kind not in self._kinds:
-            found = [_effects(node, kind) for node in self.nodes]
-            ids, shares, own = zip(*found, strict=True) if found else ((), (), ())
-            flat = itertools.chain.from_iterable
-            self._kinds[kind] = Effects(
-                plans=len(found),
-                rows=np.repeat(np.arange(len(found)), [len(one) for one in ids]),
-                ids=np.fromiter(flat(ids), dtype=int),
-                shares=np.fromiter(flat(shares), dtype=float),
-                own=np.fromiter(flat(own), dtype=float),
-            )
+            self._kinds[kind] = self._steps("variance") if kind == "quality" else self._common_and_steps()
         return self._kinds[kind]
+
+    def _common_and_steps(self) -> Effects:
+        steps = self._steps("gain")
+        codes: dict[tuple[Any, ...], int] = {}
+        index = np.array([codes.setdefault((n.demand.model.digest, *n.key), len(codes)) for n in self.nodes], dtype=int)
+        ids = np.array([_common_numbers(*key) for key in codes], dtype=int).reshape(-1, len(_COMMON_SHARES))
+        plans = len(self.nodes)
+        return Effects(
+            plans=plans,
+            rows=np.concatenate([np.repeat(np.arange(plans), len(_COMMON_SHARES)), steps.rows]),
+            ids=np.concatenate([ids[index].ravel(), steps.ids]),
+            shares=np.concatenate([np.tile(_COMMON_SHARES, plans), np.tile(_STEP_SHARES, len(steps.rows) // 2)]),
+            own=np.concatenate([np.zeros(plans * len(_COMMON_SHARES)), steps.own]),
+        )
+
+    def _steps(self, weight: str) -> Effects:
+        """Return two effects for each step of each plan, its technique's and its setting's."""
+        flat = itertools.chain.from_iterable
+        table = np.fromiter(flat(flat(n.steps for n in self.nodes)), dtype=float).reshape(-1, 3)
+        rows = np.repeat(np.arange(len(self.nodes)), [len(n.steps) for n in self.nodes])
+        weights = table[:, {"variance": 1, "gain": 2}[weight]]
+        whole = np.bincount(rows, weights=weights, minlength=len(self.nodes))[rows]
+        share = np.divide(weights, whole, out=np.zeros_like(weights), where=whole > 0)
+        return Effects(
+            plans=len(self.nodes),
+            rows=np.repeat(rows, 2),
+            ids=_step_numbers()[table[:, 0].astype(int)].ravel(),
+            shares=np.zeros(2 * len(rows)),
+            own=np.outer(share, _OWN_SHARES).ravel(),
+        )
 
 
 # Effects by number, for speed: the numbers never leave the process.
 _NAMES: list[str] = []
 _IDS: dict[str, int] = {}
 _COMMON: list[bool] = []
+_STEP_IDS: list[tuple[int, int]] = []  # of demand.STEPS: (technique, setting)
 
 
 def _number(name: str) -> int:
@@ -89,51 +110,24 @@ def _number(name: str) -> int:
     return _IDS[name]
 
 
-_SEEN_STEPS: dict[int, tuple[Step, tuple[int, int]]] = {}  # by the Step object, which spares hashing it
-
-
-def _step_numbers(step: Step) -> tuple[int, int]:
-    known = _SEEN_STEPS.get(id(step))
-    if known is not None and known[0] is step:
-        return known[1]
-    numbers = _number(f"technique:{step.technique}"), _number(f"setting:{step}")
-    if len(_SEEN_STEPS) < 100_000:
-        _SEEN_STEPS[id(step)] = (step, numbers)
-    return numbers
-
-
-def _effects(node: Node, kind: str) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
-    """Return (effects, shares of the machine's variance, shares of the steps' own) of one plan, kept on its node."""
-    if kind not in node.effects:
-        steps = tuple(itertools.chain.from_iterable([_step_numbers(step) for step, _, _ in node.steps]))
-        if kind == "quality":
-            own = _own_shares([variance for _, variance, _ in node.steps])
-            node.effects[kind] = (steps, (0.0,) * len(steps), own)
-        else:
-            engine, weight_format, _, compiled = node.key
-            common = _common_numbers(
-                node.demand.model.digest, engine, f"{weight_format}{'/compiled' if compiled else ''}"
-            )
-            own = (0.0,) * len(common) + _own_shares([gain for _, _, gain in node.steps])
-            node.effects[kind] = ((*common, *steps), _COMMON_SHARES + _STEP_SHARES * len(node.steps), own)
-    return node.effects[kind]
-
-
-def _own_shares(weights: Sequence[float]) -> tuple[float, ...]:
-    # 0.7 of what a step brings is its technique's, 0.3 its setting's.
-    whole = sum(weights)
-    if not whole:
-        return (0.0, 0.0) * len(weights)
-    return tuple(itertools.chain.from_iterable([(0.7 * w / whole, 0.3 * w / whole) for w in weights]))
+def _step_numbers() -> np.ndarray:
+    """Return (steps seen, 2): the effects of each, its technique's and its setting's."""
+    for step in STEPS[len(_STEP_IDS) :]:
+        _STEP_IDS.append((_number(f"technique:{step.technique}"), _number(f"setting:{step}")))
+    return np.array(_STEP_IDS, dtype=int).reshape(-1, 2)
 
 
 _COMMON_SHARES = tuple(SHARES[kind] for kind in ("machine", "model", "engine", "format"))
 _STEP_SHARES = (SHARES["technique"], SHARES["setting"])
+_OWN_SHARES = (0.7, 0.3)  # of what a step brings: its technique's, its setting's
 
 
 @lru_cache(maxsize=10_000)
-def _common_numbers(model_digest: str, engine: str, weight_format: str) -> tuple[int, ...]:
-    names = ("machine", f"model:{model_digest}", f"engine:{engine}", f"format:{engine}/{weight_format}")
+def _common_numbers(
+    model_digest: str, engine: str, weight_format: str, compute_dtype: str, compiled: bool
+) -> tuple[int, ...]:
+    form = f"{engine}/{weight_format}{'/compiled' if compiled else ''}"
+    names = ("machine", f"model:{model_digest}", f"engine:{engine}", f"format:{form}")
     return tuple(_number(name) for name in names)
 
 
@@ -189,14 +183,19 @@ class Calibration:
         correction = self.corrections.get(term.QUANTITY)
         if correction is None:
             return prediction
-        log_shift, variance = posterior(correction, features.of(term), (prediction.log_sd, prediction.step_log_sd))
+        own = own_log_sd(prediction)
+        log_shift, variance = posterior(correction, features.of(term), (own, prediction.step_log_sd))
         shift = getattr(term, "SHIFT", 0.0)
         mid = (prediction.mid + shift) * np.exp(log_shift) - shift
-        doubtful = np.broadcast_to(prediction.log_sd, variance.shape) > 0
-        log_sd = np.where(doubtful, correction.widening * np.sqrt(variance), 0.0)
+        remaining = np.where(np.broadcast_to(own, variance.shape) > 0, correction.widening * np.sqrt(variance), 0.0)
         grown = np.exp(log_shift)
         parts = {} if shift else {name: part * grown for name, part in prediction.parts.items()}
-        return replace(prediction, mid=mid, log_sd=log_sd, parts=parts)
+        return replace(prediction, mid=mid, log_sd=np.hypot(remaining, prediction.inherited_log_sd), parts=parts)
+
+
+def own_log_sd(prediction: Prediction) -> Any:
+    """Return the standard deviation that is the term's own: what measuring its metric can shrink."""
+    return np.sqrt(np.maximum(np.square(prediction.log_sd) - np.square(prediction.inherited_log_sd), 0.0))
 
 
 def posterior(correction: Correction, effects: Effects, prior: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -100,21 +100,35 @@ MODEL_NUMBERS = (
 _numbers = attrgetter(*NUMBERS, *(f"model.{name}" for name in MODEL_NUMBERS))
 
 
+STEPS: list[Step] = []  # every step seen, by number: numbers are quicker than steps and never leave the process
+_NUMBERS: dict[Step, int] = {}
+_NUMBERS_BY_OBJECT: dict[int, tuple[Step, int]] = {}  # by the Step object, which spares hashing it again
+
+
+def _number(step: Step) -> int:
+    known = _NUMBERS_BY_OBJECT.get(id(step))
+    if known is not None and known[0] is step:
+        return known[1]
+    number = _NUMBERS.setdefault(step, len(STEPS))
+    if number == len(STEPS):
+        STEPS.append(step)
+    if len(_NUMBERS_BY_OBJECT) < 100_000:
+        _NUMBERS_BY_OBJECT[id(step)] = (step, number)
+    return number
+
+
 class Node:
     """One prefix of steps with its demand; children are longer prefixes, so shared prefixes are rewritten once."""
 
-    __slots__ = ("_row", "children", "demand", "effects", "key", "seen", "steps")
+    __slots__ = ("_row", "children", "demand", "key", "steps")
 
-    def __init__(self, demand: Demand, steps: tuple[tuple[Step, float, float], ...] = ()) -> None:
+    def __init__(self, demand: Demand, steps: tuple[tuple[int, float, float], ...] = ()) -> None:
         self.demand = demand
-        # Each step with what its rewrite added: variance to the log of perplexity, log of tokens for each decode step.
+        # For each step its number in STEPS and what its rewrite added: variance to the log of perplexity, log of
+        # tokens for each decode step.
         self.steps = steps
         self.key = (demand.engine, demand.weight_format, demand.compute_dtype, demand.compiled)
-        self.children: dict[Step, Node] = {}
-        self.seen: dict[int, tuple[Step, Node]] = {}  # children by the Step object, which spares hashing it again
-        self.effects: dict[
-            str, tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
-        ] = {}  # kept here by calibration.py
+        self.children: dict[int, Node] = {}  # by the step's number
         self._row: tuple[float, ...] | None = None
 
     @property
@@ -147,23 +161,19 @@ class Chains:
         if node is None:
             node = self._roots[plan.engine] = Node(demand_of(self.model, self.workload, plan.engine))
         for step in plan.steps:
-            known = node.seen.get(id(step))
-            node = known[1] if known is not None and known[0] is step else self._child(node, step)
+            number = _number(step)
+            node = node.children.get(number) or self._child(node, number)
         if self._count > self._LIMIT:
             self._roots.clear()
             self._count = 0
         return node
 
-    def _child(self, node: Node, step: Step) -> Node:
-        child = node.children.get(step)
-        if child is None:
-            after = apply_steps(node.demand, (step,))
-            variance = after.perplexity_log_sd**2 - node.demand.perplexity_log_sd**2
-            gain = abs(math.log(after.tokens_per_step / node.demand.tokens_per_step))
-            child = node.children[step] = Node(after, (*node.steps, (step, max(0.0, variance), gain)))
-            self._count += 1
-        if len(node.seen) < 1000:
-            node.seen[id(step)] = (step, child)
+    def _child(self, node: Node, number: int) -> Node:
+        after = apply_steps(node.demand, (STEPS[number],))
+        variance = after.perplexity_log_sd**2 - node.demand.perplexity_log_sd**2
+        gain = abs(math.log(after.tokens_per_step / node.demand.tokens_per_step))
+        child = node.children[number] = Node(after, (*node.steps, (number, max(0.0, variance), gain)))
+        self._count += 1
         return child
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from knowledge_base import units
 from knowledge_base.errors import BadInput, EnvironmentProblem, ExitCode
 from knowledge_base.metrics import METRICS
-from knowledge_base.types import Figure, Plan
+from knowledge_base.types import Figure, Measurement, Plan
 from planner.lock import NAME, Lock, read_lock
 from planner.results import ParetoSet, PlanResult, Verdict
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from planner.progress import Progress
     from planner.spec import Spec
 
+RUN_TO_RUN = 0.10  # times and rates of one plan differ by about half as much between quiet runs minutes apart
 REPEATABLE = ("memory", "quality")  # resources whose figures do not depend on how fast the machine is
 
 
@@ -130,7 +132,7 @@ def check(
                 f"the lock was measured on another machine ({locked.hardware_name}): times are not compared, sizes and quality are"
             )
         regressions = compare(
-            locked.figures, result.measurement.figures, slack=spec.check.regression_ratio, same_machine=same
+            locked, result.measurement, slack=spec.check.regression_ratio, baseline=_baseline(answer), same_machine=same
         )
     return CheckResult(
         name=f"leanplan.{spec.goal}.{prepared.model.name}", plan=plan, verdicts=result.verdicts, regressions=tuple(regressions),
@@ -138,24 +140,46 @@ def check(
     )  # fmt: skip
 
 
-def compare(locked, now, *, slack: float, same_machine: bool) -> list[Regression]:  # type: ignore[no-untyped-def]
-    """Return every metric of the lock against today's figure; worse only when the whole interval is beyond the slack."""
+def compare(
+    lock: Lock, now: Measurement, *, slack: float, baseline: Mapping[str, Figure], same_machine: bool
+) -> list[Regression]:
+    """Return every metric of the lock against today's figure; worse only when the whole interval is beyond the slack.
+
+    Two runs of one plan on one machine differ by more than the interval of either says. So figures of speed have
+    at least RUN_TO_RUN of slack, and where the libraries are the same and the unchanged model's figure moved since
+    the lock was written, that is the machine's doing: a plan is worse only if it is so against the lock's figure and
+    against that figure moved as much.
+
+    Args:
+        baseline: the unchanged model's figures of today.
+    """
     out = []
-    for name, old in locked.items():
-        new = now.get(name)
+    for name, old in lock.figures.items():
+        new = now.figures.get(name)
         if new is None or name == "build_s":
             continue
         metric = METRICS[name]
-        show = lambda x, d=metric.dimension: units.format(x, d)  # noqa: E731
+        repeatable = metric.resource in REPEATABLE
         # A ratio near zero has no meaningful relative change: its slack is in points.
-        step = slack if metric.dimension == "ratio" else slack * abs(old.value)
+        relative = metric.dimension != "ratio"
+        allowed = slack if repeatable else max(slack, RUN_TO_RUN)
+        drift = 1.0
+        if not repeatable and lock.versions == now.versions and name in lock.baseline and name in baseline:
+            drift = baseline[name].value / lock.baseline[name].value
         sign = 1 if metric.better == "lower" else -1
-        gap_low, gap_high = sorted((sign * (new.low - old.high), sign * (new.high - old.low)))
-        outcome = "worse" if gap_low > step else "better" if gap_high < -step else "same"
-        if not same_machine and metric.resource not in REPEATABLE:
+        gaps = []
+        for reference in (1.0, drift):
+            step = allowed * (abs(old.value * reference) if relative else 1.0)
+            low, high = sorted((sign * (new.low - old.high * reference), sign * (new.high - old.low * reference)))
+            gaps.append((low - step, high + step))
+        outcome = "worse" if all(g[0] > 0 for g in gaps) else "better" if all(g[1] < 0 for g in gaps) else "same"
+        if not same_machine and not repeatable:
             outcome = "not compared"
         change = f"{new.value / old.value - 1:+.1%}" if old.value else "from 0"
-        sentence = f"{metric.label} {show(new.value)}, locked {show(old.value)} ({change})"
+        if gaps[0][0] > 0 and outcome == "same":
+            change += f", the unchanged model {drift - 1:+.1%}: the machine, not the plan"
+        was, is_now = (units.format(figure.value, metric.dimension) for figure in (old, new))
+        sentence = f"{metric.label} {is_now}, locked {was} ({change})"
         out.append(Regression(metric=name, locked=old, now=new, outcome=outcome, sentence=sentence))
     return out
 
@@ -177,8 +201,13 @@ def lock_of(answer: ParetoSet, result: PlanResult | None = None) -> Lock:
     return Lock(
         plan=result.plan, artefact_digest=result.measurement.artefact_digest, hardware_name=answer.hardware.name,
         hardware_fingerprint=answer.hardware.fingerprint, workload=answer.workload, figures=result.measurement.figures,
-        allocation=result.allocation, versions=result.measurement.versions,
+        baseline=_baseline(answer), allocation=result.allocation, versions=result.measurement.versions,
     )  # fmt: skip
+
+
+def _baseline(answer: ParetoSet) -> Mapping[str, Figure]:
+    first = answer.baseline
+    return first.measurement.figures if first and first.measurement else {}
 
 
 def _for_check(spec: Spec) -> Spec:

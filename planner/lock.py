@@ -17,7 +17,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """One plan with what was measured of it. `allocation` rebuilds per-layer choices without measuring again."""
+    """One plan with what was measured of it. `allocation` rebuilds per-layer choices without measuring again.
+
+    `baseline`: the unchanged model's figures of the same run, which tell a slower day of the machine from a slower plan.
+    """
 
     plan: Plan
     artefact_digest: str
@@ -25,14 +28,15 @@ class Lock:
     hardware_fingerprint: str
     workload: Workload
     figures: Mapping[str, Figure]
+    baseline: Mapping[str, Figure] = field(default_factory=dict)
     allocation: Mapping[str, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_lock(path: Path, lock: Lock) -> None:
     """Write a lock file, with a digest over its content so that an edited one is noticed. Raw samples stay out."""
-    figures = {name: replace(figure, samples=()) for name, figure in lock.figures.items()}
-    body = plain(replace(lock, figures=figures))
+    bare = [{name: replace(f, samples=()) for name, f in some.items()} for some in (lock.figures, lock.baseline)]
+    body = plain(replace(lock, figures=bare[0], baseline=bare[1]))
     write_json(path, {"schema": SCHEMA, "content": digest(body), **body})
 
 

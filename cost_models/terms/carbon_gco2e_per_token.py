@@ -21,4 +21,9 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     if intensity is None:
         intensity, source = grid_carbon("world")
         note = f"grid: world average {intensity:g} g/kWh ({source})"
-    return Prediction(mid=energy.mid * case.hardware.pue * intensity / J_PER_KWH, log_sd=energy.log_sd, note=note)
+    return Prediction(
+        mid=energy.mid * case.hardware.pue * intensity / J_PER_KWH,
+        log_sd=energy.log_sd,
+        inherited_log_sd=energy.log_sd,
+        note=note,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,9 +37,7 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
         energy = used["energy_j_per_token"]
         parts["electricity"] = energy.mid * hardware.pue * electricity / J_PER_KWH
         doubts["electricity"] = energy.log_sd
-    result = total(parts, doubts, 0.0, note)
-    return (
-        result
-        if np.all(result.mid > 0)
-        else Prediction(mid=result.mid, log_sd=throughput.log_sd, parts=parts, note=note)
-    )
+    result = total(parts, doubts, 0.0, note, inherited=parts)
+    if np.all(result.mid > 0):
+        return result
+    return replace(result, log_sd=throughput.log_sd, inherited_log_sd=throughput.log_sd)

@@ -36,7 +36,12 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     compute_share = np.minimum(flop / (latency.mid * case.rates.peak_flop_per_s), 1.0)
     power = power_w(idle_w, busy_w, memory_share, compute_share, base=0.6 if case.device.kind == "cpu" else 0.35)
     tokens = case.demand.batch * case.workload.output_tokens
-    return Prediction(mid=power * latency.mid / tokens, log_sd=np.hypot(latency.log_sd, doubt), note=note)
+    return Prediction(
+        mid=power * latency.mid / tokens,
+        log_sd=np.hypot(latency.log_sd, doubt),
+        inherited_log_sd=latency.log_sd,
+        note=note,
+    )
 
 
 def device_power(device: Device) -> tuple[float, float, float, str]:

@@ -15,4 +15,4 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return ttft + tpot (output_tokens - 1)."""
     ttft, tpot = used["ttft_s"], used["tpot_s"]
     parts = {"prefill": ttft.mid, "decode": tpot.mid * (case.workload.output_tokens - 1)}
-    return total(parts, {"prefill": ttft.log_sd, "decode": tpot.log_sd}, 0.0)
+    return total(parts, {"prefill": ttft.log_sd, "decode": tpot.log_sd}, 0.0, inherited=parts)

@@ -14,4 +14,4 @@ USES: tuple[str, ...] = ("artefact_bytes",)
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return the artefact's bytes: all of its files, once."""
     artefact = used["artefact_bytes"]
-    return Prediction(mid=artefact.mid, log_sd=artefact.log_sd)
+    return Prediction(mid=artefact.mid, log_sd=artefact.log_sd, inherited_log_sd=artefact.log_sd)

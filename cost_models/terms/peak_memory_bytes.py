@@ -16,4 +16,5 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return engine + weights + cache + activations."""
     weights, cache = used["weights_bytes"], used["kv_cache_bytes"]
     parts = {**memory_parts(case), "weights": weights.mid, "KV cache": cache.mid}
-    return total(parts, {"weights": weights.log_sd, "KV cache": cache.log_sd, "activations": 0.5, "engine": 0.25}, 0.0)
+    doubts = {"weights": weights.log_sd, "KV cache": cache.log_sd, "activations": 0.5, "engine": 0.25}
+    return total(parts, doubts, 0.0, inherited=("weights", "KV cache"))

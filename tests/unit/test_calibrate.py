@@ -43,11 +43,16 @@ def truths(seed: int, metric: str = "tpot_s") -> np.ndarray:
     machine = draw.gauss(0, 0.6)
     engines = {"transformers": draw.gauss(0, 0.45), "llama_cpp": draw.gauss(0, 0.45)}
     kinds = {key: draw.gauss(0, 0.45) for key in itertools.product(engines, (True, False))}
+    names = sorted({name for p in PLANS for step in p.steps for name in (step.technique, str(step))})
+    steps = {name: draw.gauss(0, 0.28 if "(" in name else 0.39) for name in names}
     noise = [draw.gauss(0, 0.03) for _ in PLANS]
     shift = [
-        s * (machine + engines[p.engine] + kinds[p.engine, p.step("weight_dtype") is None]) + e
+        s * (
+            machine + engines[p.engine] + kinds[p.engine, p.step("weight_dtype") is None]
+            + sum(steps[step.technique] + steps[str(step)] for step in p.steps)
+        ) + e
         for p, s, e in zip(PLANS, sd, noise, strict=True)
-    ]
+    ]  # fmt: skip
     return prior.mid * np.exp(shift)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests_support import TOY_MODEL, TOY_WORKLOAD
 
-from cost_models.demand import Chains, apply_steps, demand_chain, demand_of, step_read_bytes
+from cost_models.demand import STEPS, Chains, apply_steps, demand_chain, demand_of, step_read_bytes
 from cost_models.roofline import causal_pairs
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Plan, Step
@@ -86,7 +86,7 @@ def test_memo_gives_what_the_rewrites_give() -> None:
         for order in (steps[:end], steps[:end][::-1]):
             node = memo.node(Plan(model_digest="toy", engine="transformers", steps=order))
             assert node.demand == apply_steps(demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers"), order)
-            assert tuple(step for step, _, _ in node.steps) == order
+            assert tuple(STEPS[number] for number, _, _ in node.steps) == order
             assert sum(variance for _, variance, _ in node.steps) == pytest.approx(node.demand.perplexity_log_sd**2)
     again = memo.node(
         Plan(model_digest="toy", engine="transformers", steps=tuple(Step(s.technique, dict(s.knobs)) for s in steps))

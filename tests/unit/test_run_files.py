@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,19 +117,29 @@ def test_an_edited_lock_is_refused(tmp_path: Path) -> None:
         read_lock(path)
 
 
+def figure(value: float, half: float = 0.0) -> dict[str, Figure]:
+    return {"tpot_s": Figure(value=value, low=value - half, high=value + half, n=9)}
+
+
+def outcome(value: float, half: float, *, baseline: float = 0.02, same_machine: bool = True) -> str:
+    locked = replace(lock(), baseline=figure(0.02))
+    now = Measurement(plan=PLAN, key="k", hardware_fingerprint="toy", figures=figure(value, half))
+    return compare(locked, now, slack=0.03, baseline=figure(baseline), same_machine=same_machine)[0].outcome
+
+
 def test_regressions_need_the_whole_interval_beyond_the_slack() -> None:
-    def now(value: float, half: float) -> dict[str, Figure]:
-        return {"tpot_s": Figure(value=value, low=value - half, high=value + half, n=9)}
+    assert outcome(0.0108, 0.0001) == "same"  # less than runs differ by
+    assert outcome(0.0120, 0.0001) == "worse"
+    assert outcome(0.0120, 0.0015) == "same"  # noise as large as the change
+    assert outcome(0.0080, 0.0001) == "better"
+    assert outcome(0.02, 0.0, same_machine=False) == "not compared"
 
-    def outcome(value: float, half: float) -> str:
-        return compare(FIGURES, now(value, half), slack=0.03, same_machine=True)[0].outcome
 
-    assert outcome(0.0102, 0.0001) == "same"
-    assert outcome(0.0110, 0.0001) == "worse"
-    assert outcome(0.0110, 0.0010) == "same"  # noise as large as the change
-    assert outcome(0.0090, 0.0001) == "better"
-    other = compare(FIGURES, now(0.02, 0.0), slack=0.03, same_machine=False)
-    assert other[0].outcome == "not compared"
+def test_a_slower_machine_is_not_a_slower_plan() -> None:
+    assert outcome(0.0120, 0.0001, baseline=0.024) == "same"
+    assert outcome(0.0160, 0.0001, baseline=0.024) == "worse"
+    assert outcome(0.0120, 0.0001, baseline=0.016) == "worse"  # a faster machine is no excuse, and no accusation:
+    assert outcome(0.0100, 0.0001, baseline=0.016) == "same"
 
 
 def test_recipe_round_trip(tmp_path: Path) -> None:
