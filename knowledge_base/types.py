@@ -1,7 +1,7 @@
 """The nouns everyone shares: frozen values that flow through the loop, and what a technique and an engine declare.
 
 Units are in the names; SI base units inside. Validation of what a person wrote happens at the edge
-(planner/spec.py); these types hold what is already known to be good.
+(planner/spec); these types hold what is already known to be good.
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ def build(
         facts = {name: _mapping(reply, name) for name in ("runtime", "notes", "versions", "step_s")}
         manifest = seal(made, plan, allocation=allocation, **{k: facts[k] for k in ("runtime", "notes", "versions")})
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir() and not out.is_symlink():
+        if out.is_symlink() or out.parent.is_symlink():
+            raise CandidateFailed("build_error", f"refusing to follow a link out of the run folder: {out}")
+        if out.is_dir():
             shutil.rmtree(out)
         made.replace(out)
     finally:

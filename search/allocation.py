@@ -9,11 +9,9 @@ Losses are added up, as in HAWQ-V2 (arXiv:1911.03852): how errors of two matrice
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from knowledge_base.errors import BadInput, EnvironmentProblem, NoFeasiblePlan
 
@@ -93,14 +91,6 @@ def _useful(choices: Mapping[str, Mapping[str, float]]) -> list[tuple[int, int, 
     return kept
 
 
-def _solver(time_limit_s: float) -> Any:
-    """Return HiGHS where highspy is installed, else CBC, which PuLP ships."""
-    import pulp
-
-    solver = pulp.HiGHS if importlib.util.find_spec("highspy") else pulp.PULP_CBC_CMD
-    return solver(msg=False, timeLimit=time_limit_s, threads=1)
-
-
 def _solve(
     options: Mapping[str, list[tuple[int, int, float]]], budget: int, time_limit_s: float
 ) -> tuple[dict[str, int], str]:
@@ -120,9 +110,9 @@ def _solve(
     for m, choices in options.items():
         problem += pulp.lpSum(take[m, i] for i in range(len(choices))) == 1
     try:
-        problem.solve(_solver(time_limit_s))
+        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit_s, threads=1))
     except pulp.PulpSolverError as error:
-        raise EnvironmentProblem(f"the solver cannot run: {error}", hint="pip install highspy") from error
+        raise EnvironmentProblem(f"the solver cannot run: {error}", hint="pip install highspy, PuLP's solver here") from error
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise EnvironmentProblem(
             f"the solver found no allocation in {time_limit_s:g} s", hint="give it more time, or allow more bytes"

@@ -38,18 +38,6 @@ def brute_force(found: dict, budget: float) -> float:
     return best
 
 
-@pytest.fixture(params=["PULP_CBC_CMD", "HiGHS"])
-def solver(request, monkeypatch):
-    """Each solver in turn: CBC comes with PuLP, HiGHS is taken where it is installed."""
-    import pulp
-
-    if request.param not in pulp.listSolvers(onlyAvailable=True):
-        pytest.skip(f"{request.param} is not installed")
-    made = getattr(pulp, request.param)
-    monkeypatch.setattr("search.allocation._solver", lambda limit: made(msg=False, timeLimit=limit, threads=1))
-
-
-@pytest.mark.usefixtures("solver")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("average_bits", [4.6, 5.0, 6.5, 9.0, 40.0])
 def test_equals_trying_every_combination(seed, average_bits):
@@ -98,7 +86,6 @@ def test_exactly_one_budget(budget):
         allocate_bits(made_up(2, 0), **budget)
 
 
-@pytest.mark.usefixtures("solver")
 def test_a_large_model_takes_seconds():
     found = made_up(80 * 7, 11)
     began = time.monotonic()

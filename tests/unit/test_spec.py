@@ -19,7 +19,7 @@ from knowledge_base.metrics import METRICS
 from knowledge_base.registry import engines, techniques
 from knowledge_base.types import Budget, Workload
 from planner import _yaml, spec
-from planner._kinds import Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
+from planner._kinds import UNSET, Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
 from planner.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,7 +268,7 @@ def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 def good_values(section: Section, key: Key) -> list[Any]:
     kind = key.kind
     default = section.default(key)
-    values = [] if default in (spec.UNSET, None, ()) or isinstance(kind, Section) else [kind.write(default)]
+    values = [] if default in (UNSET, None, ()) or isinstance(kind, Section) else [kind.write(default)]
     if isinstance(kind, Quantity):
         values += list(units.DIMENSIONS[kind.dimension].examples)
     elif isinstance(kind, Choice):
