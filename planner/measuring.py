@@ -1,4 +1,4 @@
-"""What a candidate does, observed from outside: speed in blocks, memory, energy, and fidelity to the unchanged model.
+"""What a candidate does, observed from outside: speed in blocks, memory, energy. Fidelity is fidelity.py's.
 
 Nothing a candidate says is taken as it comes: numbers are checked against the planner's own clock, outputs against
 what was asked, decode steps against the time reading the weights takes at best. CPU use, peak memory and energy are
@@ -7,12 +7,11 @@ read by the planner itself.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import statistics as plain_statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Failure, Figure, Hardware, Workload
 from planner import energy
 from planner.building import read_manifest
+from planner.claims import number
 from planner.isolation import Candidate
 from planner.isolation.watching import machine_busy_s
 from planner.locks import measurement_lock
@@ -29,7 +29,6 @@ from planner.statistics import (
     exact_figure,
     half_width,
     mean_figure,
-    mean_interval,
     median_figure,
     minimal_samples,
     paired_ratio,
@@ -39,8 +38,6 @@ from planner.statistics import (
 
 Progress = Callable[[str, float], None]
 TIMED = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s")
-COLLAPSE_PERPLEXITY_RATIO = 10.0
-COLLAPSE_AGREEMENT_RATIO = 0.01
 LONGEST_S = 1e5  # no single time a candidate reports may be above this
 
 
@@ -171,8 +168,8 @@ def open_artefact(
         candidate=candidate, folder=folder, prompts=prompts.resolve(), prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.output_tokens, batch=int(manifest["runtime"].get("batch", 1)),
         artefact_bytes=sum(int(f["bytes"]) for f in manifest["files"].values()),
-        framework_bytes=int(_number(reply, "framework_bytes", 0, 1e15)), open_peak_bytes=candidate.peak_bytes,
-        load_s=_number(reply, "load_s", 0, LONGEST_S), read_s=read_s,
+        framework_bytes=int(number(reply, "framework_bytes", 0, 1e15)), open_peak_bytes=candidate.peak_bytes,
+        load_s=number(reply, "load_s", 0, LONGEST_S), read_s=read_s,
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
     )  # fmt: skip
 
@@ -287,9 +284,9 @@ def _checked(job: Job, claimed: Any, repetitions: int, wall_s: float) -> Samples
     for claim in claimed:
         if not isinstance(claim, dict):
             raise CandidateFailed("invalid_result", "block: a sample is not an object")
-        total_s = _number(claim, "total_s", 1e-9, LONGEST_S)
-        ttft_s = _number(claim, "ttft_s", 1e-9, total_s)
-        steps = _number(claim, "steps", 0, job.new_tokens)
+        total_s = number(claim, "total_s", 1e-9, LONGEST_S)
+        ttft_s = number(claim, "ttft_s", 1e-9, total_s)
+        steps = number(claim, "steps", 0, job.new_tokens)
         counts = claim.get("tokens")
         if not isinstance(counts, list) or len(counts) != job.batch or not all(type(c) is int for c in counts):
             raise CandidateFailed("invalid_result", f"block: `tokens` is not {job.batch} counts")
@@ -339,7 +336,7 @@ def _memory(job: Job) -> dict[str, int]:
     reply = job.candidate.call("memory", {}, timeout_s=60).get("memory")
     if not isinstance(reply, dict):
         raise CandidateFailed("invalid_result", "memory: no figures")
-    return {name: int(_number(reply, name, 0, 1e15)) for name in ("weights_bytes", "kv_cache_bytes")}
+    return {name: int(number(reply, name, 0, 1e15)) for name in ("weights_bytes", "kv_cache_bytes")}
 
 
 def _memory_figures(job: Job, memory: Mapping[str, int], serving_peak: int) -> dict[str, Figure]:
@@ -455,134 +452,6 @@ def _interleaved(
     return Observed(figures=figures, ratios=ratios, protocol=record, warnings=warnings, versions=job.versions)
 
 
-# ---------------------------------------------------------------- fidelity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heldout:
-    """Held-out token windows and the unchanged model's log-probabilities on them.
-
-    `reference` is a float16 .npy (windows, positions, vocabulary) that `write_reference` made from the baseline.
-    """
-
-    windows: Path  # .npy of int32 (windows, tokens)
-    count: int
-    positions: int
-    vocabulary: int
-    reference: Path
-
-
-def write_reference(candidate: Candidate, heldout: Heldout, *, progress: Progress | None = None) -> dict[str, Figure]:
-    """Score the unchanged model, keep its log-probabilities for the others, and return its quality figures."""
-    import numpy
-
-    heldout.reference.parent.mkdir(parents=True, exist_ok=True)
-    partial = heldout.reference.with_name(f".{heldout.reference.name}.{os.getpid()}.npy")
-    shape = (heldout.count, heldout.positions, heldout.vocabulary)
-    try:
-        numpy.lib.format.open_memmap(partial, mode="w+", dtype=numpy.float16, shape=shape).flush()
-        losses, _, _ = _score(candidate, heldout, partial, write=True, progress=progress)
-        partial.replace(heldout.reference)
-    finally:
-        partial.unlink(missing_ok=True)
-    note = "the unchanged model itself"
-    return {
-        "perplexity": perplexity(losses),
-        "quality_loss_ratio": exact_figure(0.0, note),
-        "agreement_ratio": exact_figure(1.0, note),
-        "kl_divergence_nats": exact_figure(0.0, note),
-    }
-
-
-def fidelity(
-    candidate: Candidate,
-    heldout: Heldout,
-    baseline: Figure,
-    *,
-    seed: int = 0,
-    confidence: float = 0.95,
-    progress: Progress | None = None,
-) -> Observed:
-    """Score a plan on held-out text against the unchanged model.
-
-    Args:
-        baseline: the unchanged model's `perplexity` figure; its samples are the losses the plan's are paired with.
-
-    A collapsed model (perplexity above 10 times the baseline's, or agreement below 1 %) comes back with figures and
-    `failure`. One that seems better than the unchanged model is scored a second time, and a warning says so.
-    """
-    losses, agreements, divergences = _score(candidate, heldout, heldout.reference, write=False, progress=progress)
-    figures = _quality(losses, agreements, divergences, baseline, seed, confidence)
-    warnings: tuple[str, ...] = ()
-    gain = figures["quality_loss_ratio"]
-    if gain.high < 0:
-        again, _, _ = _score(candidate, heldout, heldout.reference, write=False, progress=progress)
-        same = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(losses, again, strict=True))
-        verdict = "a second scoring agrees" if same else "a second scoring differs: not to be relied on"
-        warnings = (f"quality above the unchanged model ({gain.value:+.2%} perplexity): {verdict}",)
-        if not same:
-            raise CandidateFailed("invalid_result", f"scoring the same text twice gave other losses; {warnings[0]}")
-    return Observed(figures=figures, warnings=warnings, failure=_collapse(figures, baseline))
-
-
-def _quality(
-    losses: Sequence[float], agreements: Sequence[float], divergences: Sequence[float],
-    baseline: Figure, seed: int, confidence: float,
-) -> dict[str, Figure]:  # fmt: skip
-    if len(baseline.samples) != len(losses):
-        raise ValueError(f"the baseline has {len(baseline.samples)} windows, this plan {len(losses)}")
-    differences = [a - b for a, b in zip(losses, baseline.samples, strict=True)]
-    difference = mean_figure(differences, seed=seed, confidence=confidence)
-    loss = Figure(
-        value=math.expm1(min(difference.value, 700.0)), low=math.expm1(min(difference.low, 700.0)),
-        high=math.expm1(min(difference.high, 700.0)), n=len(losses), confidence=difference.confidence,
-        note="paired over held-out windows", samples=difference.samples,
-    )  # fmt: skip
-    return {
-        "perplexity": perplexity(losses, seed=seed, confidence=confidence),
-        "quality_loss_ratio": loss,
-        "agreement_ratio": mean_figure(agreements, seed=seed, confidence=confidence),
-        "kl_divergence_nats": mean_figure(divergences, seed=seed, confidence=confidence),
-    }
-
-
-def perplexity(losses: Sequence[float], *, seed: int = 0, confidence: float = 0.95) -> Figure:
-    """Return exp of the mean loss with its interval over windows. `samples` are the windows' losses, in nats."""
-    mean = plain_statistics.fmean(losses)
-    low, high = mean_interval(losses, seed=seed, confidence=confidence) if len(losses) > 1 else (mean, mean)
-    return Figure(
-        value=math.exp(min(mean, 700.0)), low=math.exp(min(low, 700.0)), high=math.exp(min(high, 700.0)), n=len(losses),
-        confidence=confidence if len(losses) > 1 else 0.0, samples=tuple(losses), note="samples are losses in nats",
-    )  # fmt: skip
-
-
-def _collapse(figures: Mapping[str, Figure], baseline: Figure) -> Failure | None:
-    ratio = figures["perplexity"].value / baseline.value
-    agreement = figures["agreement_ratio"].value
-    if ratio <= COLLAPSE_PERPLEXITY_RATIO and agreement >= COLLAPSE_AGREEMENT_RATIO:
-        return None
-    text = f"perplexity is {ratio:.3g} times the unchanged model's, agreement {agreement:.1%}"
-    return Failure(kind="quality_collapse", stage="quality", message=text)
-
-
-def _score(
-    candidate: Candidate, heldout: Heldout, reference: Path, *, write: bool, progress: Progress | None
-) -> tuple[list[float], list[float], list[float]]:
-    """Return each window's mean loss, and (not when writing) its agreement ratio and mean divergence."""
-    payload = {
-        "windows": str(heldout.windows.resolve()), "reference": str(reference.resolve()), "first": 0,
-        "count": heldout.count, "write": write,
-    }  # fmt: skip
-    reply = candidate.call("fidelity", payload, timeout_s=candidate.limits.time_s, progress=progress)
-    losses = _numbers(reply, "loss", heldout.count, 0, 1e4)
-    if write:
-        return losses, [], []
-    agreements = _numbers(reply, "agreements", heldout.count, 0, heldout.positions)
-    # the reference is normalised in float32: a divergence of nothing may come out a hair below zero
-    sums = _numbers(reply, "kl_sum", heldout.count, -1e-4 * heldout.positions, 1e9)
-    return losses, [a / heldout.positions for a in agreements], [max(0.0, x) / heldout.positions for x in sums]
-
-
 def greedy_tokens(job: Job, count: int) -> list[list[int]]:
     """Return the greedy continuations of the first `count` prompts, one by one: a lossless step keeps them."""
     payload = {
@@ -592,22 +461,3 @@ def greedy_tokens(job: Job, count: int) -> list[list[int]]:
     if not isinstance(rows, list) or not all(isinstance(r, list) and all(type(t) is int for t in r) for r in rows):
         raise CandidateFailed("invalid_result", "tokens: not lists of token ids")
     return rows
-
-
-# ---------------------------------------------------------------- checking
-
-
-def _number(reply: Mapping[str, Any], name: str, low: float, high: float) -> float:
-    value = reply.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise CandidateFailed("invalid_result", f"`{name}` is missing")
-    if not low <= value <= high:
-        raise CandidateFailed("invalid_result", f"`{name}` is {value:g}, outside {low:g} to {high:g}")
-    return float(value)
-
-
-def _numbers(reply: Mapping[str, Any], name: str, count: int, low: float, high: float) -> list[float]:
-    values: Iterable[Any] = reply.get(name) or ()
-    if not isinstance(values, list) or len(values) != count:
-        raise CandidateFailed("invalid_result", f"`{name}` is not {count} numbers")
-    return [_number({name: value}, name, low, high) for value in values]

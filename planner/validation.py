@@ -15,7 +15,7 @@ from knowledge_base.errors import BadInput, CandidateFailed
 from knowledge_base.registry import engines
 from knowledge_base.serde import digest, write_json
 from knowledge_base.types import Failure, Figure, Measurement, Plan
-from planner import building, energy, measuring
+from planner import building, energy, fidelity, measuring
 from planner.isolation import Limits, Servers
 from planner.locks import measurement_lock
 from planner.recipe import Recipe, write_recipe
@@ -251,7 +251,7 @@ class Validator:
 
     def _quality(self, plan: Plan, candidate: Any, warnings: list[str]) -> Mapping[str, Figure]:
         data = self.run.data
-        heldout = measuring.Heldout(
+        heldout = fidelity.Heldout(
             windows=data.heldout,
             count=data.windows,
             positions=data.positions,
@@ -259,9 +259,9 @@ class Validator:
             reference=self._reference,
         )
         if plan == self.run.baseline:
-            return measuring.write_reference(candidate, heldout, progress=self._tick(plan))
+            return fidelity.write_reference(candidate, heldout, progress=self._tick(plan))
         assert self.baseline_perplexity is not None, "the baseline is measured first"
-        observed = measuring.fidelity(
+        observed = fidelity.observe(
             candidate, heldout, self.baseline_perplexity, seed=self.spec.search.seed, progress=self._tick(plan)
         )
         warnings += observed.warnings

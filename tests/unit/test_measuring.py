@@ -13,7 +13,7 @@ import pytest
 
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Device, Figure, Hardware, Model, Plan, Step, Workload
-from planner import building, energy, measuring
+from planner import building, energy, fidelity, measuring
 from planner.isolation import Limits, Servers
 from planner.isolation.worker import compare, rounded
 from planner.tiny_models import make_tiny_model
@@ -100,7 +100,7 @@ def opened(servers, given, tmp_path):
 
 def heldout(given, tmp_path):
     root, _, model = given
-    return measuring.Heldout(
+    return fidelity.Heldout(
         windows=root / "windows.npy", count=8, positions=20, vocabulary=model.vocab_size, reference=tmp_path / "ref.npy"
     )
 
@@ -229,10 +229,10 @@ def test_interleaving_gives_paired_ratios(artefacts, opened):
 
 def test_fidelity_of_the_same_weights_in_another_engine(artefacts, opened, given, tmp_path):
     held = heldout(given, tmp_path)
-    baseline = measuring.write_reference(opened(artefacts("transformers", ONE_THREAD)).candidate, held)
+    baseline = fidelity.write_reference(opened(artefacts("transformers", ONE_THREAD)).candidate, held)
     assert baseline["agreement_ratio"].value == 1.0
     job = opened(artefacts("llama_cpp", ONE_THREAD))
-    seen = measuring.fidelity(job.candidate, held, baseline["perplexity"])
+    seen = fidelity.observe(job.candidate, held, baseline["perplexity"])
     assert seen.failure is None
     assert seen.figures["agreement_ratio"].value > 0.9
     assert abs(seen.figures["quality_loss_ratio"].value) < 0.02
@@ -242,8 +242,8 @@ def test_fidelity_of_the_same_weights_in_another_engine(artefacts, opened, given
 def test_fidelity_of_the_baseline_to_itself_is_exact(artefacts, opened, given, tmp_path):
     held = heldout(given, tmp_path)
     job = opened(artefacts("transformers", ONE_THREAD))
-    baseline = measuring.write_reference(job.candidate, held)
-    seen = measuring.fidelity(job.candidate, held, baseline["perplexity"])
+    baseline = fidelity.write_reference(job.candidate, held)
+    seen = fidelity.observe(job.candidate, held, baseline["perplexity"])
     assert seen.figures["agreement_ratio"].value == 1.0
     assert seen.figures["quality_loss_ratio"].value == 0.0
     assert seen.figures["kl_divergence_nats"].value < 1e-4
@@ -253,9 +253,9 @@ def test_fidelity_of_the_baseline_to_itself_is_exact(artefacts, opened, given, t
 def test_collapse_is_a_failure_that_keeps_its_figures(artefacts, opened, given, tmp_path):
     held = heldout(given, tmp_path)
     job = opened(artefacts("transformers", ONE_THREAD))
-    baseline = measuring.write_reference(job.candidate, held)["perplexity"]
+    baseline = fidelity.write_reference(job.candidate, held)["perplexity"]
     far_better = replace(baseline, value=baseline.value / 20, samples=tuple(x - 3 for x in baseline.samples))
-    seen = measuring.fidelity(job.candidate, held, far_better)
+    seen = fidelity.observe(job.candidate, held, far_better)
     assert seen.failure is not None and seen.failure.kind == "quality_collapse"
     assert seen.figures["perplexity"].value > 10 * far_better.value
 
@@ -263,9 +263,9 @@ def test_collapse_is_a_failure_that_keeps_its_figures(artefacts, opened, given, 
 def test_quality_above_the_unchanged_model_is_scored_again(artefacts, opened, given, tmp_path):
     held = heldout(given, tmp_path)
     job = opened(artefacts("transformers", ONE_THREAD))
-    baseline = measuring.write_reference(job.candidate, held)["perplexity"]
+    baseline = fidelity.write_reference(job.candidate, held)["perplexity"]
     worse = replace(baseline, samples=tuple(x + 0.1 for x in baseline.samples))
-    seen = measuring.fidelity(job.candidate, held, worse)
+    seen = fidelity.observe(job.candidate, held, worse)
     assert "a second scoring agrees" in seen.warnings[0]
 
 
