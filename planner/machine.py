@@ -75,7 +75,7 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
     again only on `refresh`, or when it was measured while other programs kept the machine busy and it is quieter now.
 
     Raises:
-        EnvironmentProblem: the memory bandwidth cannot be measured here.
+        EnvironmentProblem: memory bandwidth or matrix products cannot be measured here; nothing is kept then.
     """
     light = {name: probes.get(name).find() for name in LIGHT}
     mark = fingerprint(light)
@@ -123,18 +123,21 @@ def _read(path: Path) -> Profile | None:
 
 def _hardware(facts: Mapping[str, Any], mark: str, taken_at: str) -> Hardware:
     cpu, memory, bandwidth, matmul = (facts[name] for name in ("linux_cpu", "memory_limits", "bandwidth", "matmul"))
-    if bandwidth.get("problem"):
-        raise EnvironmentProblem(
-            f"memory bandwidth cannot be measured: {bandwidth['problem']}",
-            hint="leanplan doctor; or plan for a machine of `leanplan ls machines`", where="probe",
-        )  # fmt: skip
+    for what, found in (("memory bandwidth", bandwidth), ("matrix product rates", matmul)):
+        if problem := found.get("problem"):
+            busy = "; ".join(facts["noise"]["warnings"])
+            raise EnvironmentProblem(
+                f"{what} of this machine cannot be measured: {problem}{f' ({busy})' if busy else ''}",
+                hint="try again when the machine is quieter; leanplan doctor; or plan for a machine of leanplan ls machines",
+                where="probe",
+            )
     source = f"measured {taken_at}"
     processor = Device(
         name=cpu["name"],
         kind="cpu",
         memory_bytes=memory["limit_bytes"],
         memory_bytes_per_s=max(bandwidth["read_bytes_per_s"].values()),
-        flop_per_s={dtype: max(rates.values()) for dtype, rates in matmul.get("flop_per_s", {}).items()},
+        flop_per_s={dtype: max(rates.values()) for dtype, rates in matmul["flop_per_s"].items()},
         cores=cpu["cores"],
         features=frozenset(cpu["features"]),
         source=source,
