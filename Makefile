@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types accept bench clean
+.PHONY: setup demo test lint types accept bench docs clean
 
 setup: $(VENV)/ready
 
@@ -32,6 +32,9 @@ accept: setup
 
 bench: setup
 	for f in benchmarks/*.py; do $(BIN)/python $$f; done
+
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -10,7 +10,7 @@ import cost_models
 from knowledge_base import units
 from knowledge_base.metrics import METRICS, find_metric
 from knowledge_base.types import Budget, Estimate, Plan
-from planner.results import PlanResult, Rejection, Verdict
+from planner.results import ParetoSet, PlanResult, Rejection, Verdict
 
 TIE = 0.03  # figures closer than this share are equal for a recommendation: the next objective decides
 
@@ -210,6 +210,31 @@ def nearest(results: Sequence[PlanResult], budgets: Sequence[Budget]) -> tuple[s
         plan = min(shortfall, key=lambda p: shortfall[p])
         lines.append(f"nearest to all budgets: {plan.words}, short by {max(0.0, shortfall[plan]):.0%} on its worst")
     return tuple(lines)
+
+
+# What each alternative is the least of: the first figure that every plan in question has.
+_ALTERNATIVES = {
+    "smallest": ("artefact_size", "peak_memory"),
+    "fastest": ("latency_p50", "tpot_p50"),
+    "closest to the original": ("kl_divergence", "quality_loss"),
+}
+
+
+def alternatives(answer: ParetoSet) -> dict[str, PlanResult]:
+    """Return the plans a person may want instead of the recommended one, by what they are best at.
+
+    They meet the budgets of level error where any plan does. The unchanged model is none of them: it is closest to itself.
+    """
+    changed = [r for r in answer.results if not failed(r) and r is not answer.baseline]
+    field = [r for r in changed if r.feasible] or changed
+    chosen = {}
+    for name, labels in _ALTERNATIVES.items():
+        for label in labels:
+            values = [value_of(result, label) for result in field]
+            if field and None not in values:
+                chosen[name] = field[values.index(min(v for v in values if v is not None))]
+                break
+    return chosen
 
 
 def price_with_and_without(plan: Plan, **setting: object) -> dict[Plan, Estimate]:

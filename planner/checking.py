@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from knowledge_base import units
 from knowledge_base.errors import BadInput, EnvironmentProblem, ExitCode
 from knowledge_base.metrics import METRICS
+from knowledge_base.serde import plain
 from knowledge_base.types import Figure, Measurement, Plan
 from planner.lock import NAME, Lock, read_lock
 from planner.results import ParetoSet, PlanResult, Verdict
@@ -32,19 +33,47 @@ class Regression:
     now: Figure
     outcome: str
     sentence: str
+    drift: float = 1.0  # the unchanged model's figure of today over its figure when the lock was written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """The verdict of a check: budgets, regressions, notes, and the exit code they lead to."""
+    """The verdict of a check: budgets, regressions, notes, and the exit code they lead to.
 
-    name: str
-    plan: Plan
-    verdicts: tuple[Verdict, ...]
+    `lock` is what regressions are judged by; `main` is what a reader compares with, the lock of the main branch where
+    that was given. `predicted` is asked for when an error budget is not met: what could be done.
+    """
+
+    name: str  # tells the checks of one repository apart
+    result: PlanResult  # the plan that was judged
     regressions: tuple[Regression, ...]
     notes: tuple[str, ...]
     measured: bool
     answer: ParetoSet
+    lock: Lock | None = None
+    main: Lock | None = None
+    changes: tuple[str, ...] = ()  # what is not as `main` says: plan, model, workload, libraries, machine
+    predicted: ParetoSet | None = None
+    spec_file: str = ""  # from the root of the repository, for annotations
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was judged."""
+        return self.result.plan
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """One for each budget that is not off."""
+        return self.result.verdicts
+
+    @property
+    def fix(self) -> PlanResult | None:
+        """A plan that would meet every error budget: a measured one, else a predicted one, else None."""
+        for answer in filter(None, (self.answer, self.predicted)):
+            others = [r for r in answer.results if r.plan != self.plan and r.verdicts and r.feasible]
+            if others:
+                return min(others, key=lambda r: r.plan.id != answer.recommended_id)
+        return None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -66,7 +95,7 @@ class CheckResult:
         kind = "" if self.measured else " (predicted)"
         if missed or worse:
             parts = [f"{len(missed)} of {len(errors)} budgets not met"] if missed else []
-            parts += [f"{len(worse)} metrics worse than the lock"] if worse else []
+            parts += [f"{len(worse)} metric{'s' if len(worse) > 1 else ''} worse than the lock"] if worse else []
             first = missed[0].sentence if missed else worse[0].sentence
             return f"{' and '.join(parts)}{kind}: {first}"
         if unsure:
@@ -74,14 +103,35 @@ class CheckResult:
         return f"all {len(errors)} budgets met{kind}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """A check that ended before it could judge anything, in the words of the error."""
+
+    name: str
+    message: str
+    hint: str
+    where: str | None
+    exit_code: ExitCode
+    spec_file: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The sentence that matters, first."""
+        return f"nothing was judged: {f'{self.where}: ' if self.where else ''}{self.message}"
+
+
 def check(
     spec: str | Path | Spec,
     *,
     settings: Settings | None = None,
     progress: Progress | None = None,
-    lock: Path | None = None,
+    baseline: Path | None = None,
 ) -> CheckResult:
     """Measure the locked plan (the unchanged model where there is no lock) beside the unchanged model, and judge it.
+
+    Args:
+        baseline: the lock file of the main branch: what to show beside today's figures, and the plan and the figures
+            to judge by where the spec has no lock of its own.
 
     Raises:
         BadInput: spec, lock or model cannot be used; EnvironmentProblem: an error budget cannot be measured here.
@@ -94,13 +144,15 @@ def check(
     spec = spec if isinstance(spec, specs.Spec) else specs.load(spec)
     settings = settings or loop.Settings(run_root=Path("runs"), store_root=Path(".leanplan"))
     progress = progress or Progress(quiet=True)
-    path = lock or lock_path(spec)
-    locked = read_lock(path) if path.exists() or lock else None
+    path = lock_path(spec)
+    own = read_lock(path) if path.exists() else None
+    main, notes = _main_lock(baseline, own)
+    locked = own or main
     prepared = prepare(
         spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
     )  # fmt: skip
-    notes = list(prepared.notes)
+    notes += prepared.notes
     plan = loop.baseline_plan(loop.problem_of(prepared))
     if locked is None:
         notes.append(f"no {path.name}: the unchanged model is judged; leanplan plan --lock chooses a plan")
@@ -110,11 +162,13 @@ def check(
             notes.append(
                 "the model changed since the lock was written; the locked steps are applied to the model as it is now"
             )
+        _require_known(plan)
         if plan.engine not in prepared.space.options:
             raise EnvironmentProblem(
                 f"the locked plan needs the engine {plan.engine}, which cannot run here", hint="leanplan doctor"
             )
-    if settings.predict:
+    measured = prepared.local and not settings.predict
+    if not measured:
         answer, result = _predicted(prepared, plan)
     else:
         run = loop.Run(replace(prepared, spec=_for_check(spec)), replace(settings, fresh=True), progress, _now())
@@ -134,10 +188,73 @@ def check(
         regressions = compare(
             locked, result.measurement, slack=spec.check.regression_ratio, baseline=_baseline(answer), same_machine=same
         )
+    possible = None
+    if measured and any(v.outcome == "not met" and v.budget.level == "error" for v in result.verdicts):
+        progress.line("a budget is not met: looking for a plan that is predicted to meet all")
+        possible = loop.predicted(prepared)
     return CheckResult(
-        name=f"leanplan.{spec.goal}.{prepared.model.name}", plan=plan, verdicts=result.verdicts, regressions=tuple(regressions),
-        notes=tuple(notes), measured=not settings.predict, answer=answer,
+        name=name_of(spec), result=result, regressions=tuple(regressions), notes=tuple(notes),
+        measured=measured, answer=answer, lock=locked, main=main, changes=changes(main, answer, result) if main else (),
+        predicted=possible,
     )  # fmt: skip
+
+
+def _main_lock(baseline: Path | None, own: Lock | None) -> tuple[Lock | None, list[str]]:
+    """Return the lock to show beside today's figures. One that cannot be read does not stop who is replacing it."""
+    if baseline is None:
+        return own, []
+    try:
+        return read_lock(baseline), []
+    except BadInput as error:
+        if own is None:
+            raise
+        return own, [f"the baseline cannot be read ({error.message}): the spec's own lock is shown"]
+
+
+def _require_known(plan: Plan) -> None:
+    """Refuse a plan of another version of leanplan, whose techniques were others."""
+    from knowledge_base.registry import techniques
+
+    for step in plan.steps:
+        known = step.technique in techniques.names()
+        if not known or set(step.knobs) != set(techniques.get(step.technique).TECHNIQUE.knobs):
+            raise BadInput(
+                f"the locked plan has {step}, which this version of leanplan does not know",
+                hint="choose a plan again: leanplan plan SPEC --lock",
+            )
+
+
+def name_of(spec: Spec) -> str:
+    """Return what a check is called in comments and test reports, from the spec alone."""
+    return spec.name or f"{spec.goal}-{Path(spec.model.source).name}"
+
+
+def changes(lock: Lock, answer: ParetoSet, result: PlanResult) -> tuple[str, ...]:
+    """Return what differs between a lock and today, besides the figures: one clause for each thing."""
+    found = []
+    if lock.plan.engine != result.plan.engine:
+        found.append(f"engine {result.plan.engine}, was {lock.plan.engine}")
+    old, new = ({s.technique: s for s in plan.steps} for plan in (lock.plan, result.plan))
+    for technique in dict.fromkeys((*old, *new)):
+        before, after = old.get(technique), new.get(technique)
+        if before != after:
+            found.append(f"{after}, was {before}" if before and after else f"with {after}" if after else f"no {before}")
+    bits = {m: (b, (result.allocation or {}).get(m)) for m, b in (lock.allocation or {}).items()}
+    moved = [f"{m} from {b} to {a}" for m, (b, a) in bits.items() if a not in (b, None)]
+    if moved:
+        found.append(f"bits of {len(moved)} modules: {', '.join(moved[:4])}{', …' if len(moved) > 4 else ''}")
+    if lock.plan.model_digest != answer.model.digest:
+        found.append("the model's files (weights, config or tokenizer)")
+    was, is_now = plain(lock.workload), plain(answer.workload)
+    found += [f"{key} {is_now[key]}, was {was[key]}" for key in was if was[key] != is_now[key]]
+    versions = result.measurement.versions if result.measurement else {}
+    found += [f"{k} {v}, was {lock.versions[k]}" for k, v in versions.items() if lock.versions.get(k, v) != v]
+    if lock.hardware_fingerprint != answer.hardware.fingerprint:
+        found.append(
+            f"the machine: {answer.hardware.name} ({answer.hardware.fingerprint[:8]}), "
+            f"was {lock.hardware_name} ({lock.hardware_fingerprint[:8]})"
+        )
+    return tuple(found)
 
 
 def compare(
@@ -180,7 +297,7 @@ def compare(
             change += f", the unchanged model {drift - 1:+.1%}: the machine, not the plan"
         was, is_now = (units.format(figure.value, metric.dimension) for figure in (old, new))
         sentence = f"{metric.label} {is_now}, locked {was} ({change})"
-        out.append(Regression(metric=name, locked=old, now=new, outcome=outcome, sentence=sentence))
+        out.append(Regression(metric=name, locked=old, now=new, outcome=outcome, sentence=sentence, drift=drift))
     return out
 
 

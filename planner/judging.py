@@ -41,7 +41,7 @@ def judge(
 
 def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Verdict:
     if limit is None or figure is None:
-        missing = "the unchanged model's figure" if limit is None else "a figure"
+        missing = "figure of the unchanged model to compare with" if limit is None else "figure of this plan"
         return Verdict(
             budget=budget,
             outcome="not judged",

@@ -46,7 +46,7 @@ def read_lock(path: Path) -> Lock:
     Raises:
         BadInput: it is missing, damaged, edited by hand, or of another schema.
     """
-    remake = "make it again: leanplan check --update-lock"
+    remake = "make it again: leanplan plan SPEC --lock, or restore it from version control"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         schema, content = data.pop("schema"), data.pop("content")

@@ -246,6 +246,7 @@ class Run:
         from planner.validation import Validator
 
         assert self.prepared.folder is not None
+        self.store.require_writable()
         with self._timed("read"):
             check_complete(self.prepared.folder)
             check_finite(self.prepared.folder)
@@ -255,9 +256,12 @@ class Run:
         self.folder = self._open_folder()
         with RunLock(self.folder.path), Validator(self) as validator, self._polite_stop(validator):
             try:
+                self.progress.stage("unchanged model")
                 self._baseline(validator)
+                self.progress.stage("candidates")
                 if only is None:
                     self._explore(validator)
+                    self._require_a_success()
                 else:
                     validator.allocations[only[0]] = only[1]
                     validator.protocol = replace(validator.protocol, blocks=self.spec.check.runs)
@@ -301,8 +305,8 @@ class Run:
                 self.settings.run_root, fingerprint=fingerprint, title=title, fresh=self.settings.fresh
             )
         if resumed:
-            done = len(list(folder.path.glob("plans/*/measurement.json")))
-            self.progress.line(f"resuming {folder.path}: {done} measured")
+            folder.refuse_links()
+            self.progress.line(f"resuming {folder.path}: {folder.progress}")
         else:
             folder.write("spec.yaml", as_yaml(self.spec))
         folder.event("resumed" if resumed else "started", model=self.prepared.model.digest, versions=versions())
@@ -348,6 +352,18 @@ class Run:
                 self.known.before[pick.plan] = self._estimate(pick.plan, problem.calibration)
                 self._measure(validator, pick.plan, pick.why)
 
+    def _require_a_success(self) -> None:
+        """Refuse an answer when every candidate failed; a collapse of quality is an honest result, not a failing machine."""
+        failures = [r.measurement.failure for p, r in self.known.records.items() if p != self.baseline]
+        if not failures or any(f is None or f.kind == "quality_collapse" for f in failures):
+            return
+        groups = [r for r in answering.rejections(self._results(), (), {}) if r.kind == "failed"]
+        raise EnvironmentProblem(
+            "every candidate failed: " + "; ".join(f"{r.what} ({r.count}×): {r.why}" for r in groups[:3]),
+            hint="leanplan doctor shows what is broken; once it is mended, the same command tries them again",
+            where=str(self.folder.path / "plans"),
+        )
+
     def _finals(self, validator: Validator) -> None:
         """Measure the best few again, in blocks interleaved with the unchanged model."""
         results = [r for r in self._results() if not answering.failed(r)]
@@ -365,6 +381,7 @@ class Run:
         chosen = [p for p in dict.fromkeys([*([best.plan] if best else []), *front]) if p != baseline][:FINALISTS]
         if not chosen:
             return
+        self.progress.stage("finalists")
         self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
         with self._timed("finals"):
             for plan, (record, ratios) in validator.interleave(
@@ -388,11 +405,11 @@ class Run:
                 validator.allocate(plan)
             record = validator.known(plan)
         if record is None:
-            self.progress.line(f"{plan.id} {plan.words}  ({why})")
+            self.progress.trying(plan, why, self.known.before.get(plan))
             with self._timed("validate"):
                 record = validator.measure(plan)
         else:
-            self.progress.line(f"{plan.id} {plan.words}  (known from an earlier run)")
+            self.progress.trying(plan, "known from an earlier run", self.known.before.get(plan))
         self._keep(record)
         self._tell(record)
         return record
@@ -412,8 +429,9 @@ class Run:
     def _tell(self, record: Record) -> None:
         from planner.reports._table import figure_text
 
+        results = answering.mark_front(self._results(), self.spec.objectives)
         if failure := record.measurement.failure:
-            self.progress.line(f"           failed: {failure.kind}: {failure.message}")
+            self.progress.measured(results, f"failed: {failure.kind}: {failure.message}")
             return
         shown = dict.fromkeys(
             [*(find_metric(o)[0].name for o in self.spec.objectives), "ttft_s", "tpot_s", "quality_loss_ratio"]
@@ -423,7 +441,7 @@ class Run:
             for n in shown
             if n in record.measurement.figures
         ]
-        self.progress.line("           " + ", ".join(parts))
+        self.progress.measured(results, ", ".join(parts))
 
     def _estimate(self, plan: Plan, calibration: Any) -> Estimate:
         import cost_models
@@ -536,11 +554,6 @@ class Run:
 
         spec = self.spec
         results = answering.mark_front(self._results(), spec.objectives)
-        if len(results) > 1 and all(answering.failed(r) for r in results):
-            causes = "; ".join(f"{r.what}: {r.why}" for r in answering.rejections(results, (), {})[:3])
-            raise EnvironmentProblem(
-                f"every candidate failed: {causes}", hint="leanplan doctor; the logs are in the run folder"
-            )
         best = answering.recommend(results, spec.objectives)
         problem = self._problem()
         price = _prices(problem, [r.plan for r in results if r.on_front])

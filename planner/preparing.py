@@ -62,9 +62,9 @@ def prepare(
             where="workload.arrival_rate",
         )
     only_predict = predict or spec.hardware != "local"
-    hardware = _with_prices(find(spec.hardware, store, tell=tell), spec)
+    other = None if spec.hardware == "local" else find(spec.hardware, store)
     if not only_predict:
-        _require_measurable(hardware, spec)
+        _require_measurable(spec)
     read = read_model(
         model_source(spec),
         revision=spec.model.revision,
@@ -82,6 +82,8 @@ def prepare(
             hint="shorten workload.prompt_tokens or workload.output_tokens",
             where="workload",
         )
+    # This machine last: the first time, probing it takes a while, and a mistake in the spec is told before.
+    hardware = _with_prices(other or find("local", store, tell=tell), spec)
     names, refused = _engines(spec, hardware, predict=only_predict)
     space = build_space(
         model,
@@ -99,6 +101,8 @@ def prepare(
             + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
             hint="leanplan doctor shows what is missing",
         )
+    if spec.hardware == "local":
+        refused += _without_gpu(hardware)
     refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
     return Prepared(
         spec=spec,
@@ -111,16 +115,29 @@ def prepare(
     )
 
 
-def _require_measurable(hardware: Hardware, spec: Spec) -> None:
+def _require_measurable(spec: Spec) -> None:
     """Refuse a budget of level error on energy where this machine can only model it (asked for by `source: any`)."""
+    from planner.probes import energy_counters
+
     for budget in spec.budgets:
         measured_only = budget.level == "error" and budget.source != "any"
-        if METRICS[budget.metric].resource == "energy" and measured_only and not hardware.energy_counters:
+        if METRICS[budget.metric].resource == "energy" and measured_only and not energy_counters.find()["kinds"]:
             raise EnvironmentProblem(
                 f"{budget.label}: energy can only be modelled here (no energy counter)",
                 hint="allow it with source: any, or set level: warn",
                 where=f"line {budget.line}" if budget.line else "budgets",
             )
+
+
+def _without_gpu(hardware: Hardware) -> tuple[Rejection, ...]:
+    """Return why no plan runs on a GPU of this machine; nothing where one does."""
+    if any(device.kind == "gpu" for device in hardware.devices):
+        return ()
+    from planner.probes.accelerators import names
+
+    there = names()
+    why = f"torch cannot use {', '.join(there)}; leanplan doctor --all says why" if there else "no CUDA device"
+    return (Rejection(what="GPU plans", why=why, kind="engine"),)
 
 
 def _with_prices(hardware: Hardware, spec: Spec) -> Hardware:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,34 @@ class ParetoSet:
         return next((r for r in self.results if r.plan.id == self.recommended_id), None)
 
     def save(self, folder: str | Path) -> Path:
-        """Write result.json and summary.md into `folder` and return the folder."""
+        """Write result.json, summary.md and report.html into `folder` and return the folder."""
         from knowledge_base.serde import write_atomic, write_json
-        from planner.reports import markdown
+        from planner.reports import html, markdown
 
         folder = Path(folder)
         write_json(folder / "result.json", {"schema": 1, **_as_dict(self)})
         write_atomic(folder / "summary.md", markdown.render(self))
+        write_atomic(folder / "report.html", html.render(self))
         return folder
+
+    def __repr__(self) -> str:
+        """The sentence and the table of plans: what a person wants to see at a prompt."""
+        from planner.reports import terminal
+
+        return terminal.render(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """The same, as wide as a rich console is."""
+        from rich.text import Text
+
+        from planner.reports import terminal
+
+        yield Text(terminal.render(self, width=options.max_width), end="")
+
+    def _repr_html_(self) -> str:
+        from planner.reports.html import notebook
+
+        return notebook.render(self)
 
     def to_dataframe(self) -> Any:
         """Return one row for each result as a pandas DataFrame: plan, id, and a column for each metric.
@@ -138,8 +158,14 @@ def _as_dict(result: ParetoSet) -> dict[str, Any]:
     return plain(result)
 
 
-def load(folder: str | Path) -> ParetoSet:
-    """Return the ParetoSet saved in a run folder.
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def load(place: str | Path) -> ParetoSet:
+    """Return the ParetoSet saved in a run folder, or in a file as `plan --json --output-file FILE` writes it.
+
+    `folder` is where the run lies now, should it have been moved.
 
     Raises:
         BadInput: no result.json there, or it was made by a newer schema or is damaged.
@@ -149,17 +175,18 @@ def load(folder: str | Path) -> ParetoSet:
     from knowledge_base.errors import BadInput
     from knowledge_base.serde import restore
 
-    path = Path(folder) / "result.json"
+    path = Path(place) if Path(place).is_file() else Path(place) / "result.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("schema", None) != 1:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if data.pop("schema", 1) != 1:
             raise BadInput(
                 "result.json has another schema than 1", where=str(path), hint="open it with the version that wrote it"
             )
-        return restore(ParetoSet, data)
+        answer = restore(ParetoSet, data)
+        return replace(answer, folder=str(path.parent)) if answer.folder else answer
     except FileNotFoundError as error:
-        raise BadInput("no result.json here", where=str(folder), hint="list runs with: leanplan ls runs") from error
-    except (ValueError, UnicodeDecodeError) as error:
+        raise BadInput("no result.json here", where=str(place), hint="list runs with: leanplan ls runs") from error
+    except (ValueError, AttributeError, TypeError, UnicodeDecodeError) as error:
         raise BadInput(
             f"result.json is damaged: {error}", where=str(path), hint="resume the run: leanplan plan"
         ) from error

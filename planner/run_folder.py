@@ -71,6 +71,28 @@ class RunFolder:
         return (self.path / "result.json").exists()
 
     @property
+    def progress(self) -> str:
+        """What an earlier process left: `7 measured, 1 interrupted (will be tried again)`."""
+        tried = {path.parent for path in self.path.glob("plans/*/attempts.json")}
+        measured = {path.parent for path in self.path.glob("plans/*/measurement.json")}
+        cut_off = len(tried - measured)
+        return f"{len(measured)} measured" + (f", {cut_off} interrupted (will be tried again)" if cut_off else "")
+
+    def refuse_links(self) -> None:
+        """Check that a folder found on disk writes to itself only.
+
+        Raises:
+            BadInput: it is a link, or one of the folders a run writes to is.
+        """
+        parts = [self.path / name for name in ("plans", "artefacts", "work")]
+        for path in (self.path, *parts, *(entry for part in parts if part.is_dir() for entry in part.iterdir())):
+            if path.is_symlink():
+                raise BadInput(
+                    f"refusing to follow a link out of the run folder, to {path.readlink()}", where=str(path),
+                    hint="remove the link, or start a new run with --fresh",
+                )  # fmt: skip
+
+    @property
     def artefacts(self) -> Path:
         return self.path / "artefacts"
 

@@ -7,6 +7,7 @@ library versions, machine, protocol. So nothing is measured twice, and nothing s
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[Path] = []
+
+    def require_writable(self) -> None:
+        """Raise OSError now, not after the first measurement, where nothing can be kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder):
+            return
 
     @property
     def references(self) -> Path:

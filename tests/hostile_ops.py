@@ -3,7 +3,9 @@
 # ruff: noqa: PTH109, PTH115, PTH123, PTH208
 
 import ctypes
+import mmap
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -36,6 +38,13 @@ def segfault(state, payload, progress):
 
 def abort(state, payload, progress):
     os.abort()
+
+
+def illegal_instruction(state, payload, progress):
+    """Jump to bytes no processor knows: zeros on ARM, UD2 on x86."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(b"\x0f\x0b" if platform.machine() == "x86_64" else b"\0\0\0\0")
+    ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
 
 
 def kill_myself(state, payload, progress):
@@ -98,10 +107,18 @@ def fork_many(state, payload, progress):
 
 
 def write_much(state, payload, progress):
+    number = 0
+    while True:
+        number += 1
+        with open(f"big{number}", "wb") as file:
+            file.write(bytes(8 << 20))
+        time.sleep(0.02)
+
+
+def write_one_file(state, payload, progress):
     with open("big", "wb") as file:
         while True:
             file.write(bytes(8 << 20))
-            time.sleep(0.02)
 
 
 def write_many(state, payload, progress):
@@ -172,6 +189,13 @@ def torch_memory(state, payload, progress):
 
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     torch.empty(1 << 40, dtype=torch.uint8)
+    return {}
+
+
+def gpu_memory(state, payload, progress):
+    import torch
+
+    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     return {}
 
 

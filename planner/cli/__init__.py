@@ -89,11 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser()
         options = parser.parse_args(argv)
         _fill_defaults(options)
-        if not options.command:
-            parser.print_help(sys.stderr)
-            return ExitCode.BAD_INPUT
         if options.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
+        if not options.command:
+            return _without_command(parser, options)
         code = options.run_command(options)
         sys.stdout.flush()
         return int(code)
@@ -120,6 +119,17 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.BUG
 
 
+def _without_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Start the wizard where a person can answer it; elsewhere say what there is."""
+    if not options.no_input:
+        from planner import wizard
+
+        if wizard.can_ask():
+            return wizard.run(options)
+    parser.print_help(sys.stderr)
+    return ExitCode.BAD_INPUT
+
+
 class LeanplanOSError(LeanplanError):
     """A full disk, a missing permission or a missing file that no command foresaw, told in our words."""
 
@@ -137,9 +147,11 @@ class LeanplanOSError(LeanplanError):
 
 
 def _show_error(options: Any, error: LeanplanError) -> None:
-    place = f"{error.where}: " if error.where else ""
+    from planner.reports._text import literal
+
+    place = f"{literal(error.where)}: " if error.where else ""
     excerpt = f"\n{error.excerpt}" if getattr(error, "excerpt", None) else ""
-    say(f"{place}error: {error.message}{excerpt}\nhint: {error.hint}")
+    say(f"{place}error: {literal(error.message)}{excerpt}\nhint: {literal(error.hint)}")
     if getattr(options, "json", False):
         facts = {"message": error.message, "where": error.where, "hint": error.hint, "exit_code": int(error.exit_code)}
         emit(options, {"error": facts}, "")

@@ -138,7 +138,7 @@ def _gpu(options: Any) -> Iterator[Row]:
 
     names = accelerators.names()
     if not names:
-        yield _row("GPU", "ok", "none; plans run on the processor")
+        yield _row("GPU", "ok", "no CUDA device; plans run on the processor")
         return
     facts = accelerators.find() if options.all else {}
     if facts.get("problem"):

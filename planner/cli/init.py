@@ -9,29 +9,11 @@ HELP = "write a commented leanplan.yaml to start from, and what git should ignor
 
 EXAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M"  # a small real model, named where no model folder is found
 IGNORED = (".leanplan/", "runs/")
-WORKFLOW = """\
-# Judges the budgets of leanplan.yaml on every pull request; the verdict is in the job's summary.
-name: leanplan
-on: pull_request
-permissions:
-  contents: read
-jobs:
-  check:
-    runs-on: ubuntu-latest
-    timeout-minutes: 60
-    steps:
-      - uses: actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683 # v4.2.2
-        with:
-          persist-credentials: false
-      - uses: actions/setup-python@a26af69be951a213d495a4c3e4e4022e16d87065 # v5.6.0
-        with:
-          python-version: "3.12"
-      - run: python -m pip install leanplan
-      - run: leanplan validate leanplan.yaml
-      - run: leanplan check leanplan.yaml --format markdown --output-file leanplan.md
-      - if: always()
-        run: test ! -f leanplan.md || cat leanplan.md >> "$GITHUB_STEP_SUMMARY"
-"""
+TEMPLATES = Path(__file__).with_name("templates")
+CI = {  # template -> where it goes in the repository
+    "github": {"github_check.yml": ".github/workflows/leanplan.yml", "github_comment.yml": ".github/workflows/leanplan-comment.yml"},
+    "gitlab": {"gitlab.yml": ".gitlab/leanplan.yml"},
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="PATH", help="model folder or hub id (default: the first model folder found in DIR)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
-    parser.add_argument("--ci", choices=("github",), help="write a workflow that runs leanplan check as well")
+    parser.add_argument("--ci", choices=tuple(CI), help="write what runs leanplan check on pull requests as well")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
         _yaml.parse_yaml(text, "leanplan.yaml"), folder.resolve()
     )  # a bad --model is refused before anything is written
     files = {folder / "leanplan.yaml": text}
-    if options.ci:
-        files[folder / ".github/workflows/leanplan.yml"] = WORKFLOW
+    for name, target in CI.get(options.ci, {}).items():
+        files[folder / target] = (TEMPLATES / name).read_text(encoding="utf-8")
     if (there := [path for path in files if path.exists()]) and not options.force:
         raise BadInput("is there already", hint="--force overwrites it", where=str(there[0]))
     files[folder / ".leanplan/spec.schema.json"] = json.dumps(specs.schema(), indent=1, ensure_ascii=False) + "\n"

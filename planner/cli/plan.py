@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from planner.spec import Spec
 
 HELP = "search for plans that fit the spec's budgets, measure the promising ones here, print the Pareto set"
 
@@ -31,19 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from planner import spec as specs
+
+    return run_spec(specs.load(options.spec), options)
+
+
+def run_spec(spec: Spec, options: argparse.Namespace) -> int:
+    """Plan a spec as the options say, print the answer, and return the exit code."""
     import sys
     from dataclasses import replace
     from pathlib import Path
 
     from knowledge_base import units
     from knowledge_base.errors import BadInput, ExitCode
-    from planner import spec as specs
     from planner.cli._talk import emit
     from planner.finding import runs_root
     from planner.loop import Settings, run
-    from planner.progress import Progress
+    from planner.progress import progress_of
 
-    spec = specs.load(options.spec)
     search = spec.search
     if options.time_limit:
         search = replace(search, time_limit_s=units.parse(options.time_limit, "time", field="--time-limit"))
@@ -66,10 +75,11 @@ def run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )
-    progress = Progress(
-        quiet=bool(options.quiet), live=False if options.no_progress else None, limit_s=search.time_limit_s
-    )
-    answer = run(spec, settings, progress)
+    progress = progress_of(spec, quiet=bool(options.quiet), live=False if options.no_progress else None)
+    try:
+        answer = run(spec, settings, progress)
+    finally:
+        progress.done()
     if options.lock and answer.recommended:
         from planner.checking import lock_of, lock_path
         from planner.lock import write_lock
@@ -80,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     emit(options, answer, _rendered(answer, options.format, colour))
     if answer.folder:
         progress.line(f"run folder: {answer.folder}")
-        if answer.recommended:
+        if answer.recommended and (options.json or options.format in ("json", "markdown")):  # the table says it itself
             progress.line(
                 f"next: leanplan explain {answer.recommended.plan.id}; leanplan build {answer.recommended.plan.id} -o DIR"
             )

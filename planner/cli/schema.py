@@ -1,13 +1,19 @@
-"""`leanplan schema [--out FILE]`."""
+"""`leanplan schema [--of NAME] [--out FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "print the JSON Schema of a spec, for completion and checks in editors"
+from planner import schemas
+
+HELP = "print the JSON Schema of a spec, for editors, or of what leanplan writes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--of", choices=schemas.names(), default="spec",
+        help="a spec (default), check --json, a run's result.json, a lock file, or an error with --json",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write it there instead of stdout")
 
 
@@ -16,13 +22,13 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from knowledge_base.serde import write_atomic
-    from planner import spec
     from planner.cli._talk import emit, say
 
-    text = json.dumps(spec.schema(), indent=1, ensure_ascii=False)
+    schema = schemas.schema(options.of)
+    text = json.dumps(schema, indent=1, ensure_ascii=False)
     if options.out:
         write_atomic(Path(options.out), text + "\n")
         say(f"wrote {options.out}", quiet=options.quiet)
     else:
-        emit(options, spec.schema(), text)
+        emit(options, schema, text)
     return 0

@@ -232,12 +232,15 @@ class Candidate:
         self._kills_before = watching.oom_kills()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_file = log.open("ab", buffering=0)
         self._control, theirs = socket.socketpair()
         read_log, write_log = os.pipe()
         try:
-            self.pid: int = server.request({"fork": {"folder": str(self.folder)}}, (theirs.fileno(), write_log))["pid"]
+            order = {"folder": str(self.folder), "file_bytes": limits.disk_bytes}
+            self.pid: int = server.request({"fork": order}, (theirs.fileno(), write_log))["pid"]
         except BaseException:
             os.close(read_log)
+            self._log_file.close()
             self._control.close()
             raise
         finally:
@@ -446,7 +449,7 @@ class Candidate:
         scan, disk = watching.Paced(0.25), watching.Paced(1.0)
         written, interval, next_check, tail = 0, 0.25, 0.0, b""
         open_ = True
-        with self.log.open("ab") as log, os.fdopen(pipe, "rb", buffering=0) as source:
+        with self._log_file as log, os.fdopen(pipe, "rb", buffering=0) as source:
             while True:
                 over = self._over.is_set()
                 if open_:
@@ -461,11 +464,12 @@ class Candidate:
                 if cut:  # whole lines, so that no secret is split over two writes
                     room = self.limits.log_bytes - (0 if self._verdict else LOG_RESERVE_BYTES) - written
                     lines, tail = scrub_bytes(tail[:cut]), tail[cut:]
-                    log.write(lines[: max(0, room)])
-                    log.flush()
+                    with suppress(OSError):  # a full disk costs the log, never the watch
+                        log.write(lines[: max(0, room)])
                     written += min(len(lines), max(0, room))
                 if over and not (open_ and chunk):
-                    log.write(scrub_bytes(tail))
+                    with suppress(OSError):
+                        log.write(scrub_bytes(tail))
                     return
                 if not over and time.monotonic() >= next_check:
                     used = self._check_usage(scan, disk)

@@ -4,7 +4,7 @@ Started by path with its settings as JSON in argv: {"fd", "parent", "path", "pre
 One request at a time over a SOCK_SEQPACKET socket; file descriptors travel beside the request:
 
     (at start)                          -> {"ready": pid, "threads": n} or {"error": "ImportError: ..."}
-    {"fork": {"folder": ...}} + 2 fds   -> {"pid": n}             fds: control socket, log pipe
+    {"fork": {"folder": ..., "file_bytes": n}} + 2 fds -> {"pid": n}      fds: control socket, log pipe
     {"end": pid}                        -> {"status": n}          kills the candidate's group, reaps it; wait status
 
 The server stays single-threaded, so forking it is safe. When the planner is gone (end of the socket), it takes
@@ -149,7 +149,9 @@ def children() -> list[int]:
     return found
 
 
-def run_candidate(server: int, channel: socket.socket, control: int, log: int, operations: dict, folder: str) -> None:
+def run_candidate(
+    server: int, channel: socket.socket, control: int, log: int, operations: dict, folder: str, file_bytes: int
+) -> None:
     """Be the candidate: shed what is the server's, take the limits on, answer requests until the socket ends."""
     code = 70
     try:
@@ -171,6 +173,7 @@ def run_candidate(server: int, channel: socket.socket, control: int, log: int, o
         tempfile.tempdir = None
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+        limit(resource.RLIMIT_FSIZE, file_bytes)  # at once, where the watcher looks once a second
         limit(resource.RLIMIT_NPROC, MAX_PROCESSES)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
             file.write("500")  # under memory pressure the candidate goes first, not the planner

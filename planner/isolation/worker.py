@@ -100,7 +100,7 @@ def cause(error: BaseException, op: str) -> tuple[str, str]:
     while root.__cause__ is not None and not isinstance(root, LeanplanError):
         root = root.__cause__
     kinds = {"build": "build_error", "sensitivities": "build_error", "open": "load_error"}
-    if isinstance(root, ModuleNotFoundError):
+    if isinstance(root, ImportError):  # missing, or present and broken: either way the machine's fault, not the plan's
         return "engine_missing", describe(root)
     return kinds.get(op, "crashed"), describe(root)
 
@@ -112,7 +112,8 @@ def resource_kind(error: BaseException) -> str | None:
         return "oom_device"
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text:
         return "oom_host"  # torch's allocator raises RuntimeError, not MemoryError
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "No space left on device" in text:  # safetensors raises an error of its own
         return "disk_full"
     return None
 

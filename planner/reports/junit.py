@@ -1,56 +1,66 @@
-"""JUnit XML of a check: a budget is a test case; not met is a failure, what could not be judged an error."""
+"""JUnit XML of a plan: a budget is a test case; not met is a failure, what could not be judged an error."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
+from planner.reports._text import literal
 from planner.results import ParetoSet, Verdict
 
 REPORT = "JUnit XML: one test case for each budget of the recommended plan"
 SUFFIX = ".xml"
 
 
+class Case(NamedTuple):
+    """One test case. `kind` is "failure", "error" or "skipped"; None: it passed."""
+
+    name: str
+    kind: str | None
+    message: str
+    text: str = ""
+
+
 def render(answer: ParetoSet) -> str:
     """Return the recommended plan's verdicts (else the baseline's) as a JUnit test suite."""
     result = answer.recommended or answer.baseline
-    return suite(answer.run_id, result.verdicts if result else ())
+    return suite(answer.run_id, cases(result.verdicts if result else ()))
 
 
-def suite(name: str, verdicts: Sequence[Verdict]) -> str:
-    """Return verdicts as a JUnit test suite. Budgets of level warn never fail it: they are skipped with a message."""
-    cases = []
-    counts = {"failure": 0, "error": 0, "skipped": 0}
+def cases(verdicts: Sequence[Verdict]) -> list[Case]:
+    """Return a case for each verdict. Budgets of level warn never fail a suite: they are skipped with a message."""
+    found = []
     for verdict in verdicts:
-        label = _attribute(f"{verdict.budget.label} {verdict.budget.bound} {verdict.budget.text}".strip())
-        head = f"  <testcase classname={_attribute(name)} name={label}"
-        kind = None if verdict.outcome == "met" else "failure" if verdict.outcome == "not met" else "error"
-        if kind and verdict.budget.level == "warn":
+        budget = verdict.budget
+        kind = {"met": None, "not met": "failure"}.get(verdict.outcome, "error")
+        if kind and budget.level == "warn":
             kind = "skipped"
-        if kind is None:
-            cases.append(f"{head}><system-out>{_text(verdict.sentence)}</system-out></testcase>")
-            continue
-        counts[kind] += 1
-        cases.append(
-            f"{head}><{kind} message={_attribute(verdict.sentence)}>{_text(verdict.outcome)}</{kind}></testcase>"
-        )
+        name = f"{budget.label} {budget.bound} {budget.text}".strip()
+        found.append(Case(name, kind, verdict.sentence, verdict.outcome))
+    return found
+
+
+def suite(name: str, cases: Sequence[Case]) -> str:
+    """Return a JUnit test suite of cases."""
+    counts = Counter(case.kind for case in cases)
     totals = (
         f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" skipped="{counts["skipped"]}"'
     )
-    return "\n".join(
-        [
-            '<?xml version="1.0" encoding="UTF-8"?>',
-            f"<testsuite name={_attribute(name)} {totals}>",
-            *cases,
-            "</testsuite>",
-            "",
-        ]
-    )
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', f"<testsuite name={_attribute(name)} {totals}>"]
+    for case in cases:
+        if case.kind is None:
+            inner = f"<system-out>{_text(case.message)}</system-out>"
+        else:
+            inner = f"<{case.kind} message={_attribute(case.message)}>{_text(case.text)}</{case.kind}>"
+        lines.append(f"  <testcase classname={_attribute(name)} name={_attribute(case.name)}>{inner}</testcase>")
+    return "\n".join([*lines, "</testsuite>", ""])
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+    return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", literal(text))
 
 
 def _text(text: str) -> str:

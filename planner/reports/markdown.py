@@ -6,15 +6,29 @@ import re
 
 from planner.reports import _table
 from planner.results import ParetoSet
+from planner.scrubbing import scrub
 
 REPORT = "Markdown"
 SUFFIX = ".md"
+LONGEST_TEXT = 600  # characters of one foreign text in a comment
 
 
 def escape(text: str) -> str:
-    """Return foreign text that Markdown shows as it is: no tables, code, HTML, mentions or links broken out of."""
-    text = re.sub(r"[\x00-\x1f\x7f]", " ", text)
-    return re.sub(r"([\\|`<>@#*_\[\]~])", r"\\\1", text)
+    """Return foreign text that Markdown shows as it is: no table, code, HTML, mention, reference or link comes of it.
+
+    Credentials are scrubbed first: once escaped, no scrub finds them. A backslash does not keep GitHub from making a
+    link of `@name`, `#123` or an address, so a zero-width space does.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", " ", scrub(text))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
+    text = re.sub(r"([\\|`*_\[\]~])", r"\\\1", text)
+    return re.sub(r"(@(?=\w)|(?<!&)#(?=\d)|GH-(?=\d)|:(?=//)|www(?=\.))", r"\1&#8203;", text)
+
+
+def cut(text: str) -> str:
+    """Return foreign text escaped and of bounded length."""
+    text = scrub(text)
+    return escape(text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…")
 
 
 def render(answer: ParetoSet) -> str:

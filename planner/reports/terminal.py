@@ -5,31 +5,36 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 from knowledge_base.metrics import find_metric
+from planner.answering import alternatives
 from planner.cli._talk import clean
 from planner.reports import _table
-from planner.results import ParetoSet
+from planner.results import ParetoSet, PlanResult
 
 REPORT = "a table for the terminal"
 SUFFIX = ".txt"
 NARROW = 80  # columns below which plans are listed as blocks
+REJECTED = 8  # lines of what was not chosen
 _ASCII = str.maketrans(
     {
-        "★": "*",
-        "●": "o",
-        "○": ".",
-        "×": "x",
-        "✓": "+",
-        "✗": "!",
-        "–": "-",
-        "↓": "v",
-        "↑": "^",
-        "±": "~",
-        "≤": "<",
-        "…": ".",
+        "★": "*", "●": "o", "○": ".", "×": "x", "✓": "+", "✗": "!", "–": "-", "↓": "v", "↑": "^", "±": "~", "≤": "<",
+        "≥": ">", "…": ".", "▸": ">", "·": ",", "µ": "u", "━": "=", "╸": "-",
     }
-)
+)  # fmt: skip
+
+
+def ascii_only(stream: Any) -> bool:
+    """Return whether a stream takes ASCII alone: by its encoding, or because the person asked for the C locale."""
+    locale = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := os.environ.get(name))), "")
+    return locale in ("C", "POSIX") or "utf" not in (getattr(stream, "encoding", None) or "ascii").lower()
+
+
+def in_ascii(text: str) -> str:
+    """Return text with our marks as ASCII, and `?` for whatever else there is."""
+    return text.translate(_ASCII).encode("ascii", errors="replace").decode()
 
 
 def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) -> str:
@@ -39,7 +44,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     from rich.text import Text
 
     out = io.StringIO()
-    ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    plain = ascii_only(sys.stdout)
     columns = _terminal_columns() if width is None else width
     console = Console(
         file=out,
@@ -51,7 +56,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
 
     def text(value: str, style: str = "") -> Text:
         value = clean(value)  # names come from strangers: nothing in them may steer the terminal
-        return Text(value.translate(_ASCII) if ascii_only else value, style=style)
+        return Text(in_ascii(value) if plain else value, style=style)
 
     kind = "measured" if answer.measured else "predicted, nothing was run"
     console.print(text(answer.sentence, "bold"))
@@ -62,7 +67,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
     asked = {find_metric(o)[0].name for o in answer.objectives} | {b.metric for b in answer.budgets}
     names = names[: max(len(asked), (columns - 64) // 17)]
     title = f"{answer.model.name} on {answer.hardware.name} ({kind})"
-    table = Table(title=text(title), box=_box(ascii_only), expand=False)
+    table = Table(title=text(title), box=_box(plain), expand=False)
     for heading in ("", "id", "plan"):
         table.add_column(text(heading), overflow="fold", min_width=34 if heading == "plan" and columns > 100 else None)
     for name in names:
@@ -79,7 +84,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
             for name, cell in zip(names, cells):
                 console.print(text(f"    {_table.heading(name)} {cell}", style))
         else:
-            table.add_row(*(text(c, style) for c in (mark, result.plan.id, who, *cells)))
+            table.add_row(*(text(cell, style) for cell in (mark, result.plan.id, who, *cells)))
     if columns >= NARROW:
         console.print(table)
     console.print(
@@ -87,6 +92,11 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
             "★ recommended   ● on the Pareto front   ○ measured, dominated   ✓ budget met   ✗ not met   ? cannot be told"
         )
     )
+    if others := _named(answer):
+        console.print(text("\nAlternatives:", "bold"))
+        for name, other in others:
+            words = f"{other.plan.id} {other.plan.words}"
+            console.print(text(f"  {name}: {'the recommended plan' if other is answer.recommended else words}"))
     if answer.recommended:
         console.print(text(f"\nWhy {answer.recommended.plan.id}:", "bold"))
         for why in answer.recommended.why:
@@ -100,12 +110,12 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
             failure = result.measurement.failure  # type: ignore[union-attr]
             console.print(text(f"  × {result.plan.words}: {failure.kind}: {failure.message}"))  # type: ignore[union-attr]
     if answer.rejected:
-        console.print(text("\nNot chosen:", "bold"))
-        for rejection in answer.rejected[:12]:
-            times = f" ({rejection.count}×)" if rejection.count > 1 else ""
+        console.print(text("\nNot chosen, the most frequent first:", "bold"))
+        for rejection in (most := sorted(answer.rejected, key=lambda r: -r.count))[:REJECTED]:
+            times = f" ({rejection.count:,}×)" if rejection.count > 1 else ""
             console.print(text(f"  - {rejection.what}{times}: {rejection.why}"))
-        if len(answer.rejected) > 12:
-            console.print(text(f"  … and {len(answer.rejected) - 12} more in result.json"))
+        if len(most) > REJECTED:
+            console.print(text(f"  … and {len(most) - REJECTED} more in result.json"))
     if answer.prediction_errors:
         console.print(text("\nPredicted against measured (before each was measured):", "bold"))
         for metric, error in answer.prediction_errors.items():
@@ -114,13 +124,42 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
                     f"  {metric}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"
                 )
             )
+    if commands := _next(answer):
+        console.print(text("\nNext:", "bold"))
+        for command, what in commands:
+            console.print(text(f"  {command}  ({what})"))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _box(ascii_only: bool):  # type: ignore[no-untyped-def]
+def _named(answer: ParetoSet) -> list[tuple[str, PlanResult]]:
+    """Return the alternatives, one for each plan, under all its names: `smallest, fastest`."""
+    names: dict[str, list[str]] = {}
+    results = {}
+    for name, result in alternatives(answer).items():
+        names.setdefault(result.plan.id, []).append(name)
+        results[result.plan.id] = result
+    return [(", ".join(found), results[plan]) for plan, found in names.items()]
+
+
+def _next(answer: ParetoSet) -> list[tuple[str, str]]:
+    """Return what one may do with a measured answer: commands, and what they give."""
+    import shlex
+
+    if not answer.measured or answer.recommended is None:
+        return []
+    plan, run = answer.recommended.plan.id, Path(answer.folder or answer.run_id)
+    elsewhere = f" --run-dir {shlex.quote(str(run.parent))}" if answer.folder and run.parent != Path("runs") else ""
+    return [
+        (f"leanplan explain {plan}{elsewhere}", "what each of its steps bought and cost"),
+        (f"leanplan build {plan} -o artefact{elsewhere}", "its artefact, ready to serve"),
+        (f"leanplan report {shlex.quote(str(run))}", "one HTML file with every plan and chart"),
+    ]
+
+
+def _box(plain: bool):  # type: ignore[no-untyped-def]
     from rich import box
 
-    return box.ASCII if ascii_only else box.SIMPLE_HEAD
+    return box.ASCII if plain else box.SIMPLE_HEAD
 
 
 def _terminal_columns() -> int:

@@ -224,6 +224,7 @@ def test_a_closed_artefact_is_closed(engine, artefact, prompts):
         running.generate(prompts[:1], 1)
 
 
+@pytest.mark.promise("P13")
 def test_nothing_touches_the_network(engine, oracle, prompts, tmp_path, monkeypatch):
     def refuse(self, address):
         raise AssertionError(f"connects to {address}")

@@ -76,6 +76,7 @@ def test_the_same_seed_gives_the_same_plans(name: str, problem: Problem) -> None
     assert first == again
 
 
+@pytest.mark.promise("P2")
 def test_picks_are_new_hopeful_and_explained(problem: Problem, truth: Priced) -> None:
     known = set(truth.plans[:5])
     picks = choose(truth, 6, known=known)

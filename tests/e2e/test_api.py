@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = {"prompt_tokens": 64, "output_tokens": 16}
 
 
+@pytest.fixture
+def store(machine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(machine, tmp_path / "store")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from planner.tiny_models import make_tiny_model
@@ -22,33 +28,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("api") / "model")
 
 
-def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path) -> None:
+def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path, store: Path) -> None:
     spec = tmp_path / "leanplan.yaml"
     spec.write_text(
         f"version: 1\nmodel: {{source: {model}}}\nworkload: {WORKLOAD}\nbudgets: {{quality_loss: 20 %, peak_memory: 2 GiB}}\n"
     )
-    from_file = plan(spec=spec, predict=True, store=tmp_path / "store")
+    from_file = plan(spec=spec, predict=True, store=store)
     from_arguments = plan(
         model,
         budgets={"quality_loss": "20 %", "peak_memory": "2 GiB"},
         workload=WORKLOAD,
         predict=True,
-        store=tmp_path / "store",
+        store=store,
     )
     assert [r.plan.id for r in from_file.results] == [r.plan.id for r in from_arguments.results]
     assert from_file.recommended_id == from_arguments.recommended_id is not None
 
 
-def test_budgets_may_be_values(model: Path, tmp_path: Path) -> None:
+def test_budgets_may_be_values(model: Path, store: Path) -> None:
     limit = Budget(metric="quality_loss_ratio", statistic="mean", bound="max", value=0.2)
-    answer = plan(model, budgets=[limit], workload=WORKLOAD, predict=True, store=tmp_path)
+    answer = plan(model, budgets=[limit], workload=WORKLOAD, predict=True, store=store)
     assert answer.budgets == (limit,)
     assert len(answer) == len(list(answer)) >= 1
     assert answer.recommended in list(answer)
 
 
-def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path) -> None:
-    answer = plan(model, budgets={"quality_loss": "20 %"}, workload=WORKLOAD, predict=True, store=tmp_path / "store")
+def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path, store: Path) -> None:
+    answer = plan(model, budgets={"quality_loss": "20 %"}, workload=WORKLOAD, predict=True, store=store)
     folder = answer.save(tmp_path / "saved")
     assert (folder / "result.json").is_file()
     assert (folder / "summary.md").is_file()
@@ -57,20 +63,20 @@ def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path)
     assert not [c for c in frame.columns if c.startswith("measured.")]
 
 
-def test_one_plan_can_be_priced(model: Path, tmp_path: Path) -> None:
-    unchanged = estimate(model, store=tmp_path, **WORKLOAD)
-    smaller = estimate(model, [Step("weight_int8", {})], store=tmp_path, **WORKLOAD)
+def test_one_plan_can_be_priced(model: Path, store: Path) -> None:
+    unchanged = estimate(model, store=store, **WORKLOAD)
+    smaller = estimate(model, [Step("weight_int8", {})], store=store, **WORKLOAD)
     assert smaller.values["weights_bytes"].mid < unchanged.values["weights_bytes"].mid
     value = smaller.values["tpot_s"]
     assert value.low <= value.mid <= value.high
     assert value.because
 
 
-def test_bad_arguments_are_told() -> None:
+def test_bad_arguments_are_told(store: Path) -> None:
     with pytest.raises(LeanplanError, match="either a model or a spec"):
         plan()
     with pytest.raises(LeanplanError):
-        plan("/nowhere/at/all", budgets={"peak_memory": "1 GiB"}, predict=True)
+        plan("/nowhere/at/all", budgets={"peak_memory": "1 GiB"}, predict=True, store=store)
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ RENDERED = {
 }
 
 
+@pytest.mark.rule("markdown")
 @pytest.mark.parametrize("name", RENDERED)
 def test_report_is_as_accepted(name: str) -> None:
     text = RENDERED[name]()
@@ -103,6 +104,7 @@ def test_a_dataframe_has_a_row_for_each_plan() -> None:
     assert frame["recommended"].sum() == 1
 
 
+@pytest.mark.rule("terminal")
 def test_hostile_names_stay_text_in_the_terminal() -> None:
     text = terminal.render(answer(HOSTILE), width=160)
     assert "[/bold]" in text

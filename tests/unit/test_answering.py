@@ -60,6 +60,7 @@ def test_nothing_is_recommended_when_nothing_fits() -> None:
     assert "nearest to all budgets" in lines[-1]
 
 
+@pytest.mark.promise("P9")
 @pytest.mark.parametrize(
     ("loss", "spread", "outcome"), [(0.04, 0.01, "met"), (0.06, 0.01, "not met"), (0.05, 0.2, "inconclusive")]
 )
@@ -67,6 +68,8 @@ def test_verdicts_follow_the_interval(loss: float, spread: float, outcome: str) 
     assert result("x", 1.0, 1.0, loss, spread=spread).verdicts[0].outcome == outcome
 
 
+@pytest.mark.row(15)
+@pytest.mark.rule("measured energy")
 def test_a_modelled_figure_does_not_satisfy_a_measured_budget() -> None:
     budget = Budget(metric="energy_j_per_token", statistic="mean", bound="max", value=1.0)
     figure = Figure(value=0.1, low=0.1, high=0.1, n=1, source="modelled")

@@ -63,6 +63,7 @@ def test_forking_a_candidate_takes_less_than_a_second(start):
         assert candidate.ready_s < 1.0
 
 
+@pytest.mark.rule("candidate", "limits")
 def test_the_candidate_sees_a_clean_world(start, tmp_path, monkeypatch):
     for name in (
         "HF_TOKEN",
@@ -89,6 +90,7 @@ def test_the_candidate_sees_a_clean_world(start, tmp_path, monkeypatch):
     assert facts["fds"] <= 5  # 0, 1, 2, the socket, and the listing itself
 
 
+@pytest.mark.rule("candidate", "redaction")
 def test_the_environment_is_an_allow_list():
     given = {"PATH": "/bin", "LANG": "C", "ANYTHING_NEW": "x", "LD_LIBRARY_PATH": "y", "PYTHONHOME": "z"}
     kept = clean_environment(Path("/nowhere"), given)
@@ -96,6 +98,7 @@ def test_the_environment_is_an_allow_list():
     assert not {"ANYTHING_NEW", "LD_LIBRARY_PATH", "PYTHONHOME"} & set(kept)
 
 
+@pytest.mark.rule("redaction")
 def test_secrets_are_scrubbed():
     text = b"hf_abcdefghijklmnopqrst postgresql://me:pass@host/db AKIAABCDEFGHIJKLMNOP and shf_short"
     assert scrub(text.decode()) == "*** postgresql://***@host/db *** and shf_short"
@@ -115,12 +118,14 @@ def test_torch_is_preloaded_with_one_thread_and_runs_its_pool_in_the_candidate(s
         assert candidate.call("parallel", {}, timeout_s=60) == {"sum": 600.0**3, "threads": 2}
 
 
+@pytest.mark.row(43)
 def test_a_module_that_cannot_be_imported_is_named(start):
     with pytest.raises(CandidateFailed, match="no_such_engine_module") as caught:
         start(("no_such_engine_module",))
     assert caught.value.kind == "engine_missing"
 
 
+@pytest.mark.row(49)
 def test_stop_takes_descendants_along_even_daemonised_ones(start):
     told = []
     with start() as candidate, pytest.raises(CandidateFailed) as caught:
@@ -152,6 +157,8 @@ def test_a_killed_server_is_replaced(start):
         assert candidate.call("echo", {"x": 1}, timeout_s=10) == {"x": 1}
 
 
+@pytest.mark.row(60)
+@pytest.mark.promise("P5")
 def test_hurry_interrupts_a_call(servers, start):
     candidate = start()
     began = time.monotonic()
@@ -179,6 +186,8 @@ PLANNER = textwrap.dedent(
 )
 
 
+@pytest.mark.row(59)
+@pytest.mark.promise("P1")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_dead_planner_takes_everything_along(tmp_path, number):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

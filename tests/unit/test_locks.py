@@ -49,6 +49,7 @@ with RunLock(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.row(65)
 def test_one_measurement_at_a_time(tmp_path):
     path = tmp_path / "lock"
     process = holder(MEASURING, str(path))
@@ -99,6 +100,8 @@ def test_the_lock_file_is_one_for_all_users():
         assert measurement_lock_path().stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.row(64, 65)
+@pytest.mark.promise("P2")
 def test_a_run_folder_has_one_process(tmp_path):
     process = holder(RUNNING, str(tmp_path))
     try:
@@ -121,6 +124,7 @@ def test_a_free_run_folder_is_not_taken_over(tmp_path):
         assert not lock.taken_over
 
 
+@pytest.mark.row(65)
 @pytest.mark.parametrize("change", [{"started": 1}, {"boot": "another"}, {"pid": 2**22 - 3}])
 def test_a_living_process_with_the_dead_holders_id_does_not_keep_the_lock(tmp_path, change):
     with RunLock(tmp_path):
@@ -138,6 +142,7 @@ def test_a_holder_on_another_host_is_believed(tmp_path):
         pytest.fail("took it")
 
 
+@pytest.mark.row(65)
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"pid": "x"}'])
 def test_a_damaged_lock_is_taken_over(tmp_path, text):
     (tmp_path / "lock.json").write_text(text)

@@ -145,6 +145,9 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.row(20)
+@pytest.mark.promise("P10")
+@pytest.mark.rule("paths")
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -169,6 +172,7 @@ def test_a_changed_artefact_is_noticed(artefacts, tmp_path, damage, words):
     assert any(words in problem for problem in building.verify(copy))
 
 
+@pytest.mark.promise("P3")
 def test_a_build_that_fails_leaves_nothing(servers, given, tmp_path):
     _, folder, model = given
     with pytest.raises(CandidateFailed) as caught:
@@ -180,6 +184,21 @@ def test_a_build_that_fails_leaves_nothing(servers, given, tmp_path):
     assert "int3" in caught.value.message
     assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.row(20)
+@pytest.mark.rule("paths")
+def test_an_artefact_is_never_written_through_a_link(servers, given, tmp_path):
+    """The folder artefacts are moved into was swapped for a link while the run went on."""
+    _, folder, model = given
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "artefacts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CandidateFailed, match="refusing to follow a link out of the run folder"):
+        building.build(
+            servers, Plan(model_digest=model.digest, engine="transformers"), model, model_folder=folder,
+            out=tmp_path / "artefacts" / "id", limits=LIMITS, workspace=tmp_path / "work", log=tmp_path / "log.txt",
+        )  # fmt: skip
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # ---------------------------------------------------------------- measuring
@@ -214,6 +233,7 @@ def test_llama_cpp_is_measured_without_torch(artefacts, opened):
     assert reply["torch_loaded"] is False
 
 
+@pytest.mark.rule("measured in turns")
 def test_interleaving_gives_paired_ratios(artefacts, opened):
     jobs = {"base": opened(artefacts("transformers", ONE_THREAD)), "other": opened(artefacts("llama_cpp", ONE_THREAD))}
     seen = measuring.interleave(jobs, "base", SHORT, HARDWARE)
@@ -250,6 +270,7 @@ def test_fidelity_of_the_baseline_to_itself_is_exact(artefacts, opened, given, t
     assert seen.warnings == ()
 
 
+@pytest.mark.row(54)
 def test_collapse_is_a_failure_that_keeps_its_figures(artefacts, opened, given, tmp_path):
     held = heldout(given, tmp_path)
     job = opened(artefacts("transformers", ONE_THREAD))
@@ -276,6 +297,7 @@ def test_greedy_tokens_are_reproducible(artefacts, opened):
     assert first == measuring.greedy_tokens(job, 3)
 
 
+@pytest.mark.row(53)
 def test_faster_than_reading_the_weights_once_is_not_believed(artefacts, opened):
     job = opened(artefacts("transformers", ONE_THREAD), read_s=10.0)
     with pytest.raises(
@@ -288,6 +310,7 @@ def test_faster_than_reading_the_weights_once_is_not_believed(artefacts, opened)
 GOOD = {"ttft_s": 0.01, "total_s": 0.06, "steps": 5, "tokens": [6]}
 
 
+@pytest.mark.row(52, 53)
 @pytest.mark.parametrize(
     ("claim", "kind", "words"),
     [
@@ -337,6 +360,7 @@ def test_rounding_keeps_the_most_likely_token_single():
     assert small[0, 0] < small[0, 1] and numpy.isfinite(small).all()
 
 
+@pytest.mark.rule("measured energy")
 def test_rapl_counters_are_read_and_wrap(tmp_path):
     zone = tmp_path / "intel-rapl:0"
     core = tmp_path / "intel-rapl:0:0"
@@ -360,6 +384,7 @@ def test_no_counter_means_no_joules(tmp_path):
         assert counters.used_j(counters.read(), counters.read()) is None
 
 
+@pytest.mark.rule("measured energy")
 def test_modelled_energy_is_labelled_and_wide():
     seconds = Figure(value=0.1, low=0.09, high=0.11, n=10)
     joules = energy.modelled_energy(seconds, HARDWARE, busy_cores=1.0)

@@ -35,10 +35,13 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def refused(source: Any, *parts: str, code: ExitCode = ExitCode.BAD_INPUT, **settings: Any) -> LeanplanError:
-    """Read a model that must be refused; check exit code, hint and that the message holds each part."""
+    """Read a model that must be refused; check exit code, hint, the parts of the message, and that nothing was written."""
+    place = source.parent if isinstance(source, Path) else Path()
+    before = sorted(place.rglob("*")) if isinstance(source, Path) else None
     with pytest.raises(LeanplanError) as caught:
         read_model(source, **settings)
     error = caught.value
+    assert before is None or sorted(place.rglob("*")) == before
     assert error.exit_code == code
     assert error.hint
     for part in parts:
@@ -56,6 +59,7 @@ def change_config(folder: Path, **changes: Any) -> Path:
 # ---------------------------------------------------------------- 20: links
 
 
+@pytest.mark.row(20)
 def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         (folder / name).rename(tmp_path / name)
@@ -66,6 +70,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path) 
     read_model(folder)
 
 
+@pytest.mark.row(20)
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     os.mkfifo(folder / "tokenizer_config.json")
@@ -75,6 +80,7 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
 # ---------------------------------------------------------------- 21: not a model
 
 
+@pytest.mark.row(21)
 def test_not_a_model(tmp_path: Path, folder: Path) -> None:
     refused(tmp_path / "model" / "nothing here", "is not a model folder or a model id")
     empty = tmp_path / "empty"
@@ -87,6 +93,7 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
     assert read_model(folder, weights="optional").folder is None
 
 
+@pytest.mark.row(21, 29)
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"a": NaN}', "{}", '{"model_type": 3}', '{"model_type": "../x"}', "[" * 5000]
 )
@@ -95,6 +102,7 @@ def test_config_that_is_none(folder: Path, text: str) -> None:
     refused(folder, "config.json")
 
 
+@pytest.mark.row(29)
 def test_config_of_other_encodings(folder: Path) -> None:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + config.encode())
@@ -108,6 +116,7 @@ def test_config_of_other_encodings(folder: Path) -> None:
 # ---------------------------------------------------------------- 22 to 24: the hub
 
 
+@pytest.mark.row(23)
 @pytest.mark.parametrize(
     "source", ["http://169.254.169.254/", "https://huggingface.co/gpt2", "-x", "a/b/c", "../x", "a//b", "", " ",
         "a\0b", "a b", "ä/b", "x" * 300, "a..b", "file:x"]
@@ -121,6 +130,7 @@ def test_bad_ids_touch_no_network(source: str, monkeypatch: pytest.MonkeyPatch) 
     refused(source, "is not a model folder or a model id", "org/name")
 
 
+@pytest.mark.row(23)
 def test_bad_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("network used"))
     refused("org/name", "is not a revision", revision="../../x")
@@ -160,6 +170,7 @@ def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.server_close()
 
 
+@pytest.mark.row(24)
 def test_gated_private_and_unknown_models(endpoint: dict[str, Any]) -> None:
     for status, reason in ((401, None), (403, "GatedRepo"), (401, "GatedRepo"), (401, "RepoNotFound")):
         endpoint |= {"status": status, "headers": {"X-Error-Code": reason} if reason else {}}
@@ -172,6 +183,7 @@ def test_gated_private_and_unknown_models(endpoint: dict[str, Any]) -> None:
     assert endpoint["seen"]
 
 
+@pytest.mark.row(22)
 def test_an_unreachable_hub_is_told_within_the_limit(endpoint: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.TIMEOUT_S <= 10
     monkeypatch.setattr(hub, "TIMEOUT_S", 1)
@@ -192,6 +204,8 @@ def test_an_unreachable_hub_is_told_within_the_limit(endpoint: dict[str, Any], m
     endpoint |= {"wait_s": 0, "status": 503}
 
 
+@pytest.mark.row(22)
+@pytest.mark.promise("P13")
 def test_offline_asks_nobody(endpoint: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
         "org/name",
@@ -208,6 +222,7 @@ def test_offline_asks_nobody(endpoint: dict[str, Any], monkeypatch: pytest.Monke
 # ---------------------------------------------------------------- 25 and 26: safetensors
 
 
+@pytest.mark.row(25)
 def test_damaged_files(folder: Path) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -263,6 +278,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.row(26)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers_are_refused_at_once(folder: Path, case: str) -> None:
     header, data_bytes, message = HOSTILE[case]
@@ -272,12 +288,14 @@ def test_hostile_headers_are_refused_at_once(folder: Path, case: str) -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.row(26)
 def test_a_header_of_endless_length(folder: Path) -> None:
     for claimed in (2**62, 2**64 - 1, 10**9):
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", claimed) + b"{}" * 50)
         refused(folder, f"its header claims {claimed} bytes")
 
 
+@pytest.mark.row(26)
 def test_a_sparse_file_with_a_huge_header_is_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 2**33))
@@ -287,6 +305,7 @@ def test_a_sparse_file_with_a_huge_header_is_not_read(folder: Path) -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.row(26)
 def test_index_that_points_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     index = folder / "model.safetensors.index.json"
@@ -303,6 +322,7 @@ def test_index_that_points_elsewhere(folder: Path) -> None:
 # ---------------------------------------------------------------- 27 and 28: weights
 
 
+@pytest.mark.row(27)
 def test_non_finite_weights_are_named_and_counted(folder: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -316,6 +336,7 @@ def test_non_finite_weights_are_named_and_counted(folder: Path) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.row(28)
 def test_layers_missing_and_left_over(folder: Path) -> None:
     change_config(folder, num_hidden_layers=3)
     refused(folder, "9 weights missing (model.layers.2.", "config and weights disagree")
@@ -325,11 +346,13 @@ def test_layers_missing_and_left_over(folder: Path) -> None:
     refused(folder, "9 weights left over (model.layers.1.")
 
 
+@pytest.mark.row(28)
 def test_shapes_that_disagree(folder: Path) -> None:
     change_config(folder, intermediate_size=128)
     refused(folder, "config.json says", "config and weights disagree")
 
 
+@pytest.mark.row(28)
 def test_families_outside_the_table_are_compared_too(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -371,12 +394,14 @@ SILLY: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.row(29)
 @pytest.mark.parametrize("case", SILLY)
 def test_silly_config(folder: Path, case: str) -> None:
     changes, message = SILLY[case]
     refused(change_config(folder, **changes), message)
 
 
+@pytest.mark.row(29)
 def test_family_keys_that_make_no_model(tmp_path: Path) -> None:
     config = {
         "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -387,6 +412,7 @@ def test_family_keys_that_make_no_model(tmp_path: Path) -> None:
     refused(tmp_path, "sizes that make no model", weights="optional")
 
 
+@pytest.mark.row(30)
 def test_unknown_architecture(folder: Path) -> None:
     refused(
         change_config(folder, model_type="zzz"),
@@ -400,6 +426,7 @@ def test_unknown_architecture(folder: Path) -> None:
 # ---------------------------------------------------------------- 31 and 32: code and pickles
 
 
+@pytest.mark.row(31)
 def test_code_of_its_own_is_refused_and_never_run(folder: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (folder / "modeling.py").write_text(f"open({str(canary)!r}, 'w')\n")
@@ -416,6 +443,7 @@ def test_code_of_its_own_is_refused_and_never_run(folder: Path, tmp_path: Path) 
     assert not canary.exists()
 
 
+@pytest.mark.row(31)
 def test_code_named_elsewhere(folder: Path) -> None:
     refused(change_config(folder, model_file="x.py"), "model_file")
     change_config(folder, model_file=...)
@@ -431,6 +459,7 @@ class Bomb:
         return (open, (self.path, "w"))
 
 
+@pytest.mark.row(32)
 def test_pickles_are_refused_unread(folder: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (folder / "model.safetensors").unlink()

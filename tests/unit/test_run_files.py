@@ -38,6 +38,7 @@ def test_store_gives_back_what_it_was_given(tmp_path: Path) -> None:
     assert list(store.records("another machine")) == []
 
 
+@pytest.mark.promise("P1")
 def test_a_damaged_record_counts_as_absent_and_is_told(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put(record())
@@ -58,6 +59,7 @@ FACTS = {
 }
 
 
+@pytest.mark.promise("P11")
 @pytest.mark.parametrize("changed", list(FACTS))
 def test_changing_any_one_input_changes_the_key(changed: str) -> None:
     assert measurement_key(**FACTS) != measurement_key(**{**FACTS, changed: "something else"})
@@ -78,6 +80,31 @@ def test_an_unfinished_run_is_found_again_and_a_finished_one_is_not(tmp_path: Pa
     assert new.path not in (first.path, other.path)
 
 
+@pytest.mark.row(59)
+@pytest.mark.promise("P1")
+def test_a_resumed_run_says_what_is_there_and_what_was_cut_off(tmp_path: Path) -> None:
+    folder, _ = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="t")
+    for plan, name in (("a", "attempts"), ("a", "measurement"), ("b", "attempts"), ("b", "measurement")):
+        folder.write(f"plans/{plan}/{name}.json", {})
+    assert folder.progress == "2 measured"
+    folder.write("plans/c/attempts.json", {"attempts": 1})
+    assert folder.progress == "2 measured, 1 interrupted (will be tried again)"
+
+
+@pytest.mark.row(20)
+@pytest.mark.rule("paths")
+@pytest.mark.parametrize("link", ["plans", "artefacts", "work", "plans/1234567890", "artefacts/1234567890"])
+def test_a_run_folder_that_writes_elsewhere_is_refused(tmp_path: Path, link: str) -> None:
+    folder, _ = RunFolder.open(tmp_path / "runs", fingerprint="abcd" * 16, title="t")
+    (folder.path / link).parent.mkdir(exist_ok=True)
+    folder.refuse_links()
+    (folder.path / link).symlink_to(tmp_path)
+    with pytest.raises(BadInput, match="refusing to follow a link out of the run folder") as caught:
+        folder.refuse_links()
+    assert str(caught.value.where) == str(folder.path / link)
+
+
+@pytest.mark.promise("P1")
 def test_a_torn_last_event_is_cut_off(tmp_path: Path) -> None:
     folder, _ = RunFolder.open(tmp_path, fingerprint="abcd" * 16, title="t")
     folder.event("started")
@@ -109,6 +136,7 @@ def test_lock_round_trip_leaves_samples_out(tmp_path: Path) -> None:
     assert read.figures["tpot_s"].value == 0.01
 
 
+@pytest.mark.promise("P10")
 def test_an_edited_lock_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "leanplan.lock"
     write_lock(path, lock())

@@ -59,6 +59,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 # ---------------------------------------------------------------- rows 1 to 3: the file
 
 
+@pytest.mark.row(1)
 def test_01_missing_folder_and_special_files(refused: Any, tmp_path: Path) -> None:
     said = refused(None)
     assert said.startswith("leanplan.yaml: error: not found") and "leanplan init" in said
@@ -82,6 +83,7 @@ def _as_nobody(path: str, said: Any) -> None:
         said.send((str(error), int(error.exit_code)))
 
 
+@pytest.mark.row(1)
 def test_01_unreadable() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
@@ -100,6 +102,7 @@ def test_01_unreadable() -> None:
         shutil.rmtree(folder)
 
 
+@pytest.mark.row(2)
 def test_02_malformed(refused: Any) -> None:
     said = refused("model: m\nbudgets: {ttft: 5 ms")
     assert "leanplan.yaml:2:21: error: malformed YAML: expected ',' or '}'" in said
@@ -109,12 +112,14 @@ def test_02_malformed(refused: Any) -> None:
     assert "leanplan.toml:2:19: error: malformed TOML" in refused('model = "m"\nbudgets = {ttft = }', "leanplan.toml")
 
 
+@pytest.mark.row(3)
 @pytest.mark.parametrize("content", ["", "# only a comment\n", "- 1\n", "just text", "---\n"], ids=repr)
 def test_03_not_a_mapping(refused: Any, content: str) -> None:
     said = refused(content)
     assert "error: the spec must be a mapping with version, name, goal, model" in said and "leanplan.yaml:" in said
 
 
+@pytest.mark.row(3)
 def test_03_two_documents(refused: Any) -> None:
     assert "leanplan.yaml:3:1: error: a second document" in refused(HEAD + "objectives: [ttft]\n---\nmodel: other\n")
 
@@ -122,6 +127,7 @@ def test_03_two_documents(refused: Any) -> None:
 # ---------------------------------------------------------------- rows 4 and 5: keys
 
 
+@pytest.mark.row(4)
 def test_04_unknown_key(refused: Any) -> None:
     said = refused(HEAD + "budegts: {ttft: 5 ms}\n")
     assert "leanplan.yaml:2:1: error: unknown key 'budegts'; did you mean 'budgets'?" in said and "^^^^^^^" in said
@@ -136,6 +142,7 @@ def test_04_unknown_key(refused: Any) -> None:
     assert "missing key 'model'" in refused("objectives: [ttft]")
 
 
+@pytest.mark.row(5)
 def test_05_duplicate_key(refused: Any) -> None:
     said = refused(HEAD + "budgets:\n  ttft_p95:\n    max: 5 ms\n    max: 4 ms\n")
     assert "leanplan.yaml:5:5: error: 'max' already given on line 4" in said
@@ -147,6 +154,7 @@ def test_05_duplicate_key(refused: Any) -> None:
 # ---------------------------------------------------------------- rows 6 to 13: values
 
 
+@pytest.mark.row(6, 7, 8, 9, 10, 11, 12, 13)
 @pytest.mark.parametrize(
     ("row", "budgets", "says"),
     [
@@ -206,6 +214,7 @@ def test_toml_errors_have_lines_too(refused: Any) -> None:
     assert "no table [tool.leanplan]" in refused('[project]\nname = "x"\n', "pyproject.toml")
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize(
     "text", ["", "budgets: {}\n", "budgets:\n", "budgets: {ttft: {max: 5 ms, level: off}}\n"], ids=repr
 )
@@ -214,6 +223,7 @@ def test_16_nothing_to_decide(refused: Any, text: str) -> None:
     assert "nothing to decide: the spec has no budgets and no objectives" in said and "give at least one" in said
 
 
+@pytest.mark.rule("spec names no code")
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -262,6 +272,7 @@ def test_objectives(refused: Any, text: str, says: str) -> None:
 # ---------------------------------------------------------------- rows 17 to 19, 21, 23: hostile files
 
 
+@pytest.mark.row(17)
 def test_17_encodings(refused: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "leanplan.yaml: error: not UTF-8 at byte 0 (counted from 0, line 1)" in refused(b"\xff\xfea\0")
     assert "not UTF-8 at byte 8 (counted from 0, line 2)" in refused(b"model: m\n"[:7] + b"\n\xe9\n")
@@ -278,6 +289,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 
 
+@pytest.mark.row(18)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -306,6 +318,7 @@ def test_18_hostile_yaml(refused: Any, content: str, says: str, tmp_path: Path) 
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.row(18)
 @pytest.mark.parametrize(
     "content",
     ["a = " + "[" * 3000, "a" + ".a" * 3000 + " = 1", "a = " + "9" * 5000],
@@ -315,6 +328,7 @@ def test_18_hostile_toml(refused: Any, content: str) -> None:
     assert "leanplan.toml" in refused(content, "leanplan.toml")
 
 
+@pytest.mark.row(19)
 @pytest.mark.parametrize(
     "name",
     ["../../etc/x", "/etc/x", "a\\0b", "CON", "con.txt", "lpt1", "x" * 300, "😀", ".hidden", "-rf", "a/b", "trailing."],
@@ -325,11 +339,13 @@ def test_19_names(refused: Any, name: str) -> None:
     assert "leanplan.yaml:3:7: error" in said
 
 
+@pytest.mark.row(19)
 @pytest.mark.parametrize("path", ["../x.lock", "/etc/x", "a/../../x", "..\\\\x"])
 def test_19_the_lock_file_stays_near_the_spec(refused: Any, path: str) -> None:
     assert "leaves the spec's folder" in refused(f'{HEAD}objectives: [ttft]\ncheck: {{against: "{path}"}}\n')
 
 
+@pytest.mark.row(21, 23)
 def test_21_and_23_models(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = refused("model: empty\nobjectives: [ttft]\n")

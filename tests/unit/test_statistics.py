@@ -8,6 +8,7 @@ from knowledge_base.types import Figure
 from planner import statistics as st
 
 
+@pytest.mark.rule("measured percentiles")
 def test_needed_samples_are_those_of_mlperf():
     table = {0.5: (7, 11, 14), 0.9: (44, 64, 81), 0.95: (90, 130, 165), 0.99: (459, 662, 838)}
     assert {q: tuple(st.minimal_samples(q, over) for over in range(3)) for q in table} == table
@@ -24,6 +25,7 @@ def test_few_samples_state_the_confidence_they_have():
     assert (figure.low, figure.high, figure.confidence) == (1.0, 5.0, 0.875)
 
 
+@pytest.mark.rule("measured percentiles")
 def test_a_percentile_needs_its_number_of_samples():
     assert st.percentile(list(range(89)), 0.95) is None
     assert st.percentile(list(range(90)), 0.95) == 85
@@ -39,6 +41,8 @@ def test_p95_from_ninety_samples_can_be_met_and_from_few_only_missed():
     assert st.judge(few, 9.0, "max", "p95") == "not met"
 
 
+@pytest.mark.promise("P9")
+@pytest.mark.rule("measured verdicts")
 def test_verdict_needs_the_whole_interval_on_one_side():
     figure = Figure(value=10, low=9, high=11, n=10)
     assert [st.judge(figure, limit, "max") for limit in (8.9, 9, 10, 10.9, 11)] == [
@@ -71,6 +75,7 @@ def test_paired_ratio_refuses_what_has_no_ratio(ours, theirs):
         st.paired_ratio(ours, theirs, seed=0)
 
 
+@pytest.mark.rule("measured warm")
 def test_warm_up_drops_the_slow_start_and_no_more():
     steady = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01, 1.0, 0.99, 1.0, 1.01, 1.0, 0.99, 1.0] * 2
     assert st.warm_up_length(steady) == (3, True)
@@ -79,6 +84,7 @@ def test_warm_up_drops_the_slow_start_and_no_more():
     assert settled and 3 <= dropped <= 6
 
 
+@pytest.mark.rule("measured warm")
 def test_warm_up_that_never_settles_says_so():
     drifting = [1.3**i for i in range(16)]
     assert st.warm_up_length(drifting)[1] is False
@@ -93,6 +99,7 @@ def test_warm_up_may_not_eat_more_than_a_fifth_of_the_time():
     assert dropped == 3 or sum(values[:dropped]) <= 0.2 * sum(values)
 
 
+@pytest.mark.rule("measured stability")
 def test_stability_names_what_is_wrong():
     assert st.stability([1.0, 1.01, 0.99, 1.0, 1.0]) == ()
     assert any("vary by" in s for s in st.stability([1.0, 1.3, 0.8, 1.2, 0.9]))

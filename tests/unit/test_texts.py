@@ -37,6 +37,7 @@ def test_characters_across_blocks_survive(tmp_path: Path) -> None:
     assert texts.read_text(write(tmp_path, text.encode())) == text
 
 
+@pytest.mark.row(38, 41)
 def test_what_is_no_text(tmp_path: Path) -> None:
     refused(tmp_path / "none.txt", "not found")
     refused(tmp_path, "not a regular file")
@@ -50,6 +51,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
     refused(write(tmp_path, b"one\ntwo\nthr\0ee\n"), "text.txt:3: a binary file")
 
 
+@pytest.mark.row(41)
 def test_the_line_of_a_wrong_byte_is_told(tmp_path: Path) -> None:
     refused(write(tmp_path, b"one\ntwo\ncaf\xe9\n"), "text.txt:3: not UTF-8: byte 0xe9", "iconv -f LATIN1")
     lines = b"0123456789\n" * 200_000  # over two megabytes: the fault lies in the third block
@@ -57,6 +59,7 @@ def test_the_line_of_a_wrong_byte_is_told(tmp_path: Path) -> None:
     refused(write(tmp_path, b"fine\n\xe6\xbc"), "text.txt:2: not UTF-8")
 
 
+@pytest.mark.row(41)
 def test_huge_files_are_refused_with_flat_memory(tmp_path: Path) -> None:
     path = tmp_path / "huge.txt"
     with path.open("wb") as file:
@@ -67,6 +70,7 @@ def test_huge_files_are_refused_with_flat_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.row(41)
 def test_a_wrong_byte_stops_reading(tmp_path: Path) -> None:
     path = write(tmp_path, b"\0" + b"a" * (16 * 2**20))
     tracemalloc.start()
@@ -104,6 +108,7 @@ def words(start: int, count: int) -> str:
     return " ".join(f"w{i}" for i in range(start, start + count))
 
 
+@pytest.mark.row(40)
 def test_overlap_is_the_share_of_copied_text() -> None:
     held_out = words(0, 1300)
     assert texts.overlap_ratio(held_out, words(5000, 1300)) == 0

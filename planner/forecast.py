@@ -1,0 +1,386 @@
+"""What plans would cost before anything is run: behind the wizard's panel and `leanplan advise`.
+
+Nothing here measures a plan or imports torch. A sample of the legal plans is priced once for each model, workload and
+machine; budgets and objectives are then judged on the arrays, so that an answer follows every budget typed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowledge_base import units
+from knowledge_base.errors import BadInput, EnvironmentProblem
+from knowledge_base.metrics import METRICS
+from knowledge_base.types import Budget, Device, Estimate, Hardware, Model, Plan
+from planner.results import PlanResult, Rejection
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from planner.reading import ReadResult
+    from planner.spec import Spec
+    from search.problem import Priced, Problem
+    from search.space import Space
+
+EXHAUSTIVE_PLANS = 3_000  # spaces up to this many combinations are priced whole
+ROUNDS = 3  # steps added to the best plans of larger ones, one for each round
+LOSSES = (0.0, 0.01, 0.02, 0.05, 0.1, float("inf"))  # a sample holds the best plans within each loss of quality
+QUICK_S = 0.12  # what measuring one rate of a machine may take when there is no profile of it
+
+
+# ---------------------------------------------------------------- the machine, as far as it is known
+
+
+def known_machine(name: str, store: Path) -> tuple[Hardware, str | None]:
+    """Return a machine and a note on it, without the seconds a whole probe takes.
+
+    Raises:
+        BadInput: no such machine; EnvironmentProblem: it cannot be told without measuring.
+    """
+    from planner import machine
+
+    if name != "local":
+        return machine.find(name, store), None
+    light = {probe: machine.probes.get(probe).find() for probe in machine.LIGHT}
+    mark = machine.fingerprint(light)
+    profile = Path(store) / "machines" / f"{mark}.json"
+    if (known := machine._read(profile)) is not None:
+        return known.hardware, None
+    from planner.probes.accelerators import names
+
+    if gpus := names():
+        raise EnvironmentProblem(
+            f"{gpus[0]} was not measured yet, so nothing can be predicted for it",
+            hint="leanplan probe measures this machine in under 30 s", where="hardware",
+        )  # fmt: skip
+    return _quick_look(light, mark), "two rates of this machine were glanced at; leanplan probe measures them all"
+
+
+def _quick_look(facts: dict[str, Any], mark: str) -> Hardware:
+    """Return this machine by two rates numpy can measure in a moment: reading memory, multiplying in float32.
+
+    The other types are taken to be no faster than float32, which is true of the slowest processors only.
+    """
+    import numpy as np
+
+    cpu, memory = facts["linux_cpu"], facts["memory_limits"]
+    array = np.ones(min(2**26, memory["available_bytes"] // 16), dtype=np.float32)
+    matrix = np.ones((512, 1024), dtype=np.float32)
+    read_s, multiply_s = _least_s(lambda: array @ array), _least_s(lambda: matrix @ matrix.T)
+    rate = 2.0 * 512 * 512 * 1024 / multiply_s
+    processor = Device(
+        name=cpu["name"], kind="cpu", memory_bytes=memory["limit_bytes"], memory_bytes_per_s=array.nbytes / read_s,
+        flop_per_s=dict.fromkeys(("float32", "bfloat16", "float16", "int8"), rate), cores=cpu["cores"],
+        features=frozenset(cpu["features"]), source="a quick look with numpy, not a probe",
+    )  # fmt: skip
+    return Hardware(
+        name="local", devices=(processor,), host_memory_bytes=memory["host_bytes"], memory_limit_bytes=memory["limit_bytes"],
+        energy_counters=tuple(facts["energy_counters"]["kinds"]), fingerprint=mark,
+    )  # fmt: skip
+
+
+def _least_s(work: Callable[[], object]) -> float:
+    """Return the least seconds `work` takes: noise only slows."""
+    best, stop = float("inf"), time.monotonic() + QUICK_S
+    while time.monotonic() < stop or best == float("inf"):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# ---------------------------------------------------------------- the outlook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """The best figure of one metric among plans that keep to every other budget."""
+
+    value: float
+    low: float
+    high: float
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is predicted for a spec: plans with their prices, judged by its budgets."""
+
+    spec: Spec
+    model: Model
+    hardware: Hardware
+    space: Space
+    refused: tuple[Rejection, ...]
+    notes: tuple[str, ...]
+    priced: Priced  # the sample, under the spec's budgets and objectives
+    unchanged: Estimate
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a plan may use: the machine's limit, or the spec's where that is lower."""
+        return min(self.hardware.memory_limit_bytes, self.spec.limits.memory_bytes or self.hardware.memory_limit_bytes)
+
+    def within(self, budgets: Sequence[Budget] | None = None) -> np.ndarray:
+        """Return (plans,) booleans: predicted to fit the memory, to be built in time, and to keep these error budgets.
+
+        Args:
+            budgets: None: all of the spec's.
+        """
+        import numpy as np
+
+        from planner.loop import BUILD_SHARE
+
+        fits = np.asarray(self.priced.figures["peak_memory_bytes"].mid <= self.memory_bytes)
+        if self.spec.hardware == "local":  # elsewhere nothing is built, so nothing takes too long to build
+            fits = fits & (self.priced.figures["build_s"].mid <= BUILD_SHARE * self.spec.search.time_limit_s)
+        for budget in self.binding if budgets is None else budgets:
+            fits = fits & (np.asarray(self.priced.violation(budget)) <= 0)
+        return fits
+
+    @property
+    def binding(self) -> list[Budget]:
+        """The error budgets that can be predicted."""
+        return [b for b in self.spec.budgets if b.level == "error" and b.metric in self.priced.figures]
+
+    @property
+    def impossible(self) -> list[Budget]:
+        """The error budgets that no plan keeps, even alone."""
+        return [b for b in self.binding if not self.within([b]).any()]
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan that would be recommended: within all limits, best by the objectives in their order."""
+        import numpy as np
+
+        from planner.answering import TIE
+
+        left = np.flatnonzero(self.within())
+        if not len(left):
+            return None
+        costs = self.priced.costs()
+        for column in range(costs.shape[1]):
+            values = costs[left, column]
+            left = left[values <= values.min() + TIE * abs(values.min())]
+        return self.priced.plans[int(left[0])]
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """Return one plan's predicted values, each with its reason."""
+        import cost_models
+
+        return cost_models.estimate(plan, self.model, self.spec.workload, self.hardware)
+
+    def reach(self, metric: str) -> Reach | None:
+        """Return how far a metric can go while every other budget holds that can hold at all.
+
+        None where those contradict each other, or the metric cannot be predicted.
+        """
+        import numpy as np
+
+        hopeless = self.impossible
+        left = np.flatnonzero(self.within([b for b in self.binding if b.metric != metric and b not in hopeless]))
+        if metric not in self.priced.figures or not len(left):
+            return None
+        values = self.priced.figures[metric]
+        sign = 1 if METRICS[metric].better == "lower" else -1
+        index = int(left[np.argmin(sign * values.mid[left])])
+        return Reach(
+            value=float(values.mid[index]), low=float(values.low[index]), high=float(values.high[index]),
+            plan=self.priced.plans[index],
+        )  # fmt: skip
+
+    def tightest(self, budget: Budget) -> str | None:
+        """Return the tightest limit some plan is predicted to keep beside the others, as one would write it."""
+        found = self.reach(budget.metric)
+        return None if found is None else _limit_text(found.value, METRICS[budget.metric])
+
+    def limit(self, budget: Budget) -> float | None:
+        """Return a budget's limit in SI units; relative ones by the predicted unchanged model."""
+        from search.limits import limit_of
+
+        return limit_of(budget, {name: value.mid for name, value in self.unchanged.values.items()})
+
+    def contradictions(self) -> list[Budget]:
+        """Return the error budgets to blame when no plan keeps all: those no plan keeps, else those that clash."""
+        if self.within().any():
+            return []
+        clashing = [b for b in self.binding if self.within([o for o in self.binding if o.metric != b.metric]).any()]
+        return self.impossible or clashing or self.binding
+
+
+def _limit_text(value: float, metric: Any) -> str:
+    """Return a figure of two digits that `value` keeps to: rounded up for a max, down for a min."""
+    sign = 1 if metric.better == "lower" else -1
+    for bump in (0.0, 0.02, 0.05, 0.1):
+        text = units.format(value * (1 + sign * bump), metric.dimension, digits=2)
+        if value == 0 or sign * (units.parse(text, metric.dimension, field=metric.label) - value) >= 0:
+            return text
+    return units.exact(value, metric.dimension)
+
+
+def as_result(outlook: Outlook, plan: Plan) -> PlanResult:
+    """Return a plan as a result: its estimate, judged by the spec's budgets."""
+    from planner.judging import judge
+
+    estimate = outlook.estimate(plan)
+    reference = {name: value.mid for name, value in outlook.unchanged.values.items()}
+    verdicts = judge(outlook.spec.budgets, baseline=reference, estimate=estimate)
+    return PlanResult(plan=plan, estimate=estimate, verdicts=verdicts)
+
+
+# ---------------------------------------------------------------- making one
+
+
+@dataclass(slots=True)
+class Forecast:
+    """Makes outlooks, and remembers what it read: the same model, machine and sample are not looked at twice."""
+
+    store: Path
+    offline: bool = False
+    trust_remote_code: str | None = None
+    allow_pickle: bool = False
+    _models: dict[Any, ReadResult] = field(default_factory=dict)
+    _machines: dict[str, tuple[Hardware, str | None]] = field(default_factory=dict)
+    _samples: dict[Any, tuple[Space, tuple[Rejection, ...], Priced]] = field(default_factory=dict)
+
+    def model(self, spec: Spec) -> ReadResult:
+        """Return the facts of a spec's model; config.json is enough.
+
+        Raises:
+            LeanplanError: it cannot be read, or the hub cannot be reached.
+        """
+        from planner.preparing import model_source
+        from planner.reading import read_model
+
+        key = (model_source(spec), spec.model.revision)
+        if key not in self._models:
+            self._models[key] = read_model(
+                key[0], revision=key[1], offline=self.offline, trust_remote_code=self.trust_remote_code,
+                allow_pickle=self.allow_pickle, weights="optional",
+            )  # fmt: skip
+        return self._models[key]
+
+    def machine(self, name: str) -> tuple[Hardware, str | None]:
+        """Return a machine and a note on it; see known_machine."""
+        if name not in self._machines:
+            self._machines[name] = known_machine(name, self.store)
+        return self._machines[name]
+
+    def outlook(self, spec: Spec) -> Outlook:
+        """Return what is predicted for a spec.
+
+        Raises:
+            LeanplanError: the model, the machine or the workload cannot be used.
+        """
+        import cost_models
+        from planner.preparing import _with_prices
+
+        read = self.model(spec)
+        found, note = self.machine(spec.hardware)
+        hardware = _with_prices(found, spec)
+        _check_lengths(spec, read.model)
+        space, refused, sampled = self._sample(spec, read.model, hardware)
+        problem = replace(sampled.problem, budgets=spec.budgets, objectives=spec.objectives)
+        unchanged = cost_models.estimate(_unchanged(space), read.model, spec.workload, hardware)
+        return Outlook(
+            spec=spec, model=read.model, hardware=hardware, space=space, refused=refused,
+            notes=(*read.notes, *([note] if note else [])), priced=replace(sampled, problem=problem), unchanged=unchanged,
+        )  # fmt: skip
+
+    def _sample(self, spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...], Priced]:
+        from search.problem import Problem
+
+        key = (
+            model.digest, spec.workload, repr(hardware), spec.engines, spec.techniques, spec.calibration is not None,
+        )  # fmt: skip
+        if key not in self._samples:
+            space, refused = _space(spec, model, hardware)
+            problem = Problem(
+                model=model,
+                workload=spec.workload,
+                hardware=hardware,
+                space=space,
+                budgets=(),
+                objectives=spec.objectives,
+            )
+            self._samples[key] = space, refused, sample(problem)
+        return self._samples[key]
+
+
+def _check_lengths(spec: Spec, model: Model) -> None:
+    tokens = (spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens) + spec.workload.output_tokens
+    if tokens > model.max_context_tokens:
+        raise BadInput(
+            f"prompt + output are {tokens} tokens, the context of {model.name} is {model.max_context_tokens}",
+            hint="shorten the prompt or the output", where="workload",
+        )  # fmt: skip
+
+
+def _space(spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...]]:
+    """Return the legal plans and what was left out, as `leanplan plan` would have them."""
+    from planner.preparing import _engines
+    from search.space import build_space
+
+    predict = spec.hardware != "local"
+    names, refused = _engines(spec, hardware, predict=predict)
+    space = build_space(
+        model, spec.workload, hardware, engine_names=names, only=spec.techniques.only or None,
+        without=spec.techniques.without, calibration=spec.calibration is not None, executable=not predict,
+    )  # fmt: skip
+    refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
+    if not space.options:
+        raise EnvironmentProblem(
+            "no engine can serve this model here: " + "; ".join(f"{r.what}: {r.why}" for r in refused if r.kind == "engine"),
+            hint="leanplan doctor shows what is missing", where="model",
+        )  # fmt: skip
+    return space, refused
+
+
+def _unchanged(space: Space) -> Plan:
+    return Plan(model_digest=space.model_digest, engine=next(iter(space.options)))
+
+
+def sample(problem: Problem) -> Priced:
+    """Return legal plans with prices: all of a small space; of a large one those that are best at something.
+
+    Every plan of one step is in it, and, round by round, every plan one step longer than the best so far by some
+    metric within some loss of quality. Deterministic, and independent of budgets.
+    """
+    space = problem.space
+    if space.count() <= EXHAUSTIVE_PLANS:
+        return problem.price(list(space.each()))
+    fresh = [plan for engine in space.options if (plan := space.plan(engine, ())) is not None]
+    plans = dict.fromkeys(fresh)
+    for _ in range(ROUNDS + 1):
+        fresh = [longer for plan in fresh for longer in _longer(space, plan) if longer not in plans]
+        plans |= dict.fromkeys(fresh)
+        priced = problem.price(list(plans))
+        fresh = _champions(priced)
+    return priced
+
+
+def _longer(space: Space, plan: Plan) -> Iterator[Plan]:
+    for steps in space.options[plan.engine].values():
+        for step in steps:
+            if (longer := space.plan(plan.engine, (*plan.steps, step))) is not None:
+                yield longer
+
+
+def _champions(priced: Priced) -> list[Plan]:
+    """Return the plans that are best by some metric within some loss of quality, on each engine."""
+    import numpy as np
+
+    loss = priced.figures["quality_loss_ratio"].mid
+    engines = np.array([plan.engine for plan in priced.plans])
+    chosen: dict[Plan, None] = {}
+    for engine in dict.fromkeys(engines):
+        for most in LOSSES:
+            left = np.flatnonzero((engines == engine) & (loss <= most))
+            for name, values in priced.figures.items():
+                if len(left):
+                    sign = 1 if METRICS[name].better == "lower" else -1
+                    chosen[priced.plans[int(left[np.argmin(sign * values.mid[left])])]] = None
+    return list(chosen)

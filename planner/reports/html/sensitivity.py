@@ -1,0 +1,129 @@
+"""Part 8: what each budget is worth: the limits at which the recommendation would change, and to what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from knowledge_base import units
+from knowledge_base.metrics import METRICS, find_metric
+from knowledge_base.types import Budget
+from planner import answering
+from planner.reports.html._view import Row, View, of_ratio
+from planner.reports.html._words import changes
+from planner.results import PlanResult, Verdict
+
+TITLE = "What each budget is worth"
+LEAD = "The limits at which another plan would be recommended, all other budgets kept."
+
+
+def facts(view: View) -> dict[str, Any]:
+    """Return, for each budget, the recommendation over all limits, and what that means in a sentence."""
+    ladders = [_ladder(view, b) for b in view.answer.budgets if b.level != "off" and b.metric in METRICS]
+    return {"ladders": [found for found in ladders if found["rungs"]], "source": view.kind_of_figures}
+
+
+def _ladder(view: View, budget: Budget) -> dict[str, Any]:
+    rungs = _rungs(view, budget)
+    now = view.recommended
+    here = next((i for i, (_, row) in enumerate(rungs) if row is now), None)
+    shown = [
+        {
+            "limit": _limit(budget, need), "row": row, "now": row is now,
+            "changes": changes(now, row, [*view.objectives, budget.metric]) if now and row is not now else [],
+        }
+        for need, row in rungs
+    ]  # fmt: skip
+    return {
+        "budget": budget.label,
+        "written": budget.text,
+        "rungs": shown,
+        "sentence": _sentence(view, budget, rungs, here),
+    }
+
+
+def _rungs(view: View, budget: Budget) -> list[tuple[float, Row]]:
+    """Return (limit, plan recommended from there on), from the strictest limit to the loosest.
+
+    A plan enters when the limit reaches the end of its interval that has to be within: its verdict turns to met.
+    """
+    entering = []
+    for row in view.shown:
+        own = [v for v in row.result.verdicts if v.budget == budget]
+        rest = [v for v in row.result.verdicts if v.budget != budget and v.budget.level == "error"]
+        if own and all(v.outcome == "met" for v in rest) and (need := _need(own[0])) is not None:
+            entering.append((need, row))
+    entering.sort(key=lambda pair: pair[0], reverse=budget.bound == "min")
+    rungs: list[tuple[float, Row]] = []
+    inside: list[PlanResult] = []
+    for need, row in entering:
+        inside.append(_within(row.result, budget))
+        if rungs and _cannot_win(view, rungs[-1][1].result, row.result):
+            continue
+        best = answering.recommend(answering.mark_front(inside, view.answer.objectives), view.answer.objectives)
+        chosen = next((r for r in view.shown if best and r.result.plan == best.plan), None)
+        if chosen and (not rungs or chosen is not rungs[-1][1]):
+            rungs.append((need, chosen))
+    return rungs
+
+
+def _need(verdict: Verdict) -> float | None:
+    """Return the strictest limit that would still be met, in the unit the budget is written in."""
+    budget = verdict.budget
+    if verdict.value is not None:
+        need: float | None = verdict.value.mid
+    elif verdict.figure is None:
+        return None
+    else:
+        from planner.statistics import bounds_of
+
+        paired = of_ratio(verdict)
+        low, high = bounds_of(verdict.figure, verdict.figure.statistic if paired else budget.statistic)
+        need = high if budget.bound == "max" else low
+        if paired:
+            return need
+    if need is None or not budget.relative:
+        return need
+    return need / (verdict.limit / budget.value) if verdict.limit else None
+
+
+def _within(result: PlanResult, budget: Budget) -> PlanResult:
+    """Return the plan as it would be judged with this budget met."""
+    verdicts = tuple(replace(v, outcome="met") if v.budget == budget else v for v in result.verdicts)
+    return replace(result, verdicts=verdicts)
+
+
+def _cannot_win(view: View, best: PlanResult, other: PlanResult) -> bool:
+    """Whether a plan is so much worse on the first objective that no tie rule could bring it up. Saves most work."""
+    label = view.answer.objectives[0]
+    ours, theirs = answering.value_of(best, label), answering.value_of(other, label)
+    if ours is None or theirs is None or any(v.outcome != "met" for v in best.verdicts if v.budget.level == "warn"):
+        return False
+    sign = 1 if find_metric(label)[0].better == "lower" else -1
+    return sign * theirs > sign * ours + answering.TIE * abs(ours)
+
+
+def _limit(budget: Budget, value: float) -> str:
+    sign = "≤" if budget.bound == "max" else "≥"
+    text = f"{value:.3g}× baseline" if budget.relative else units.format(value, METRICS[budget.metric].dimension)
+    return f"{sign} {text}"
+
+
+def _sentence(view: View, budget: Budget, rungs: list[tuple[float, Row]], here: int | None) -> str:
+    if not rungs:
+        return ""
+    if here is None or view.recommended is None:
+        need, row = rungs[0]
+        return f"With {_limit(budget, need)} the recommended plan would be {row.words}."
+    parts = [f"Tightening it to {_limit(budget, rungs[here][0])} costs nothing."]
+    if here + 1 < len(rungs):
+        need, row = rungs[here + 1]
+        gain = ", ".join(f"{c.label} {c.text}" for c in changes(view.recommended, row, view.objectives))
+        parts.append(f"With {_limit(budget, need)} you would get {row.words}: {gain or 'about the same'}.")
+    else:
+        parts.append("Loosening it gains nothing among these plans.")
+    if here > 0:
+        parts.append(f"Tighter than that, the choice would be {rungs[here - 1][1].words}.")
+    else:
+        parts.append("Tighter than that, none of these plans meets it.")
+    return " ".join(parts)

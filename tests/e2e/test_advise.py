@@ -1,0 +1,110 @@
+"""`leanplan advise`: what binds, what helps, what conflicts; predicted, without torch, on machines that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY, BIG = ROOT / "models" / "tiny-lm", ROOT / "examples" / "llama-70b-shape"
+
+
+def advise(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "planner", "advise", *argv], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def as_json(*argv: str, cwd: Path) -> dict:
+    done = advise(*argv, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_says_what_binds_what_helps_and_what_conflicts(tmp_path: Path) -> None:
+    done = advise(str(TINY), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "What binds: ",
+        "What helps",
+        "What conflicts:",
+        "What was left out:",
+        "Best predicted plans:",
+        "predicted, nothing was run",
+    ):
+        assert words in done.stdout
+    assert "leanplan probe" in done.stdout, "a machine that was not probed is named as such"
+    assert not (tmp_path / ".leanplan").exists(), "advice leaves nothing behind"
+
+
+def test_it_is_data_too(tmp_path: Path) -> None:
+    found = as_json(str(TINY), cwd=tmp_path)
+    assert {b["resource"] for b in found["bounds"]} == {"memory bandwidth", "arithmetic", "engine overhead"}
+    assert found["binding"] in {b["resource"] for b in found["bounds"]} | {"memory"}
+    saved = [b["saved"] for b in found["bounds"]]
+    assert saved == sorted(saved, reverse=True)
+    assert all(-1e-9 <= share < 0.51 for share in saved), "twice as much of one thing saves half at most"
+    for helper in found["helpers"]:
+        assert min(change for metric, change in helper["effects"].items() if metric != "quality_loss_ratio") <= -0.03
+        assert helper["because"]
+        assert helper["source"]
+    best = found["best"]["recommended"]
+    assert best["estimate"]["values"]["quality_loss_ratio"]["mid"] <= 0.05
+
+
+def test_a_model_too_large_for_the_machine_is_bound_by_memory(tmp_path: Path) -> None:
+    found = as_json(str(BIG), "--target", "h100-sxm", cwd=tmp_path)
+    assert found["binding"] == "memory"
+    assert found["needed_bytes"] > found["memory_bytes"]
+    for result in found["best"].values():
+        assert result["estimate"]["values"]["peak_memory_bytes"]["mid"] <= found["memory_bytes"]
+
+
+def test_long_prompts_cost_arithmetic_and_long_answers_bandwidth(tmp_path: Path) -> None:
+    def saved(resource: str, *argv: str) -> float:
+        return {b["resource"]: b["saved"] for b in as_json(*argv, cwd=tmp_path)["bounds"]}[resource]
+
+    prompt = ("--prompt-tokens", "900", "--output-tokens", "2")
+    answer = ("--prompt-tokens", "16", "--output-tokens", "256")
+    on_gpu = (str(BIG), "--target", "h100-sxm")
+    assert saved("arithmetic", *on_gpu, *prompt) > saved("arithmetic", *on_gpu, *answer)
+    assert saved("memory bandwidth", str(TINY), *answer) > saved("memory bandwidth", str(TINY), *prompt)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "told"),
+    [
+        (("nowhere",), 4, "hub"),
+        ((str(TINY), "--target", "h100-sx"), 2, "did you mean"),
+        ((str(TINY), "--prompt-tokens", "0"), 2, "prompt_tokens"),
+        ((str(TINY), "--prompt-tokens", "100000"), 2, "context"),
+        ((str(TINY), "--target", "no.json"), 2, "not a machine profile"),
+    ],
+)
+def test_what_cannot_be_advised_on_is_told_with_a_next_step(
+    tmp_path: Path, argv: tuple[str, ...], code: int, told: str
+) -> None:
+    done = advise(*argv, "--offline", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert "hint: " in done.stderr
+    assert done.stdout == ""
+
+
+def test_it_loads_no_heavy_library(tmp_path: Path) -> None:
+    script = (
+        "import sys; from planner.cli import main; main(['advise', sys.argv[1], '-q', '--output-file', 'advice.txt']); "
+        "print(sorted({'torch', 'transformers', 'optuna', 'sklearn', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(TINY)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]", done.stderr
+    assert "What binds" in (tmp_path / "advice.txt").read_text(encoding="utf-8")

@@ -1,0 +1,316 @@
+"""The wizard at a real pseudo-terminal, as a person meets it: what is on the screen is read with a terminal emulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TITLES = (
+    "What is it for?", "Which model?", "Which machine will it run on?", "What will it be asked to do?",
+    "How much quality may it lose?", "What must hold?", "What should it be best at?", "What may the search use?", "Is this right?",
+)  # fmt: skip
+PATIENCE_S = 60  # the machine may be busy
+pytestmark = pytest.mark.timeout(300)
+
+
+class Terminal:
+    """A terminal with `leanplan` in it. `text` is what stands on its screen, `raw` all that was ever written."""
+
+    def __init__(self, folder: Path, *argv: str, columns: int = 100, rows: int = 60, **environment: str) -> None:
+        base = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "LC_ALL", "LC_CTYPE", "COLUMNS", "LINES")}
+        env = {**base, "TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT), **environment}
+        self.child = pexpect.spawn(
+            sys.executable, ["-m", "planner", *argv], cwd=str(folder), env=env, dimensions=(rows, columns), timeout=5
+        )
+        self.screen = pyte.Screen(columns, rows)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    def until(self, *words: str) -> str:
+        """Read until all the words stand on the screen, or were written on a terminal that only scrolls; return the text."""
+        stop = time.monotonic() + PATIENCE_S
+        while not all(word in self._flat() for word in words):
+            assert time.monotonic() < stop, f"{words} did not appear in:\n{self.text}"
+            try:
+                self._take(self.child.read_nonblocking(65536, 0.2))
+            except pexpect.TIMEOUT:
+                continue
+            except pexpect.EOF:
+                assert all(word in self._flat() for word in words), f"it ended without {words}:\n{self.text}"
+        return self.text
+
+    def _take(self, data: bytes) -> None:
+        self.raw += data
+        self.stream.feed(data)
+
+    def _flat(self) -> str:
+        return " ".join(self.text.split())
+
+    def type(self, line: str) -> None:
+        self.child.sendline(line)
+
+    def end(self) -> int:
+        """Read to the end and return the exit code."""
+        while True:
+            try:
+                self._take(self.child.read_nonblocking(65536, PATIENCE_S))
+            except pexpect.EOF:
+                break
+        self.child.close()
+        assert self.child.exitstatus is not None, f"killed by signal {self.child.signalstatus}"
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a tiny model, as a user's would be."""
+    from planner.tiny_models import make_tiny_model
+
+    make_tiny_model(tmp_path / "models" / "tiny")
+    return tmp_path
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Callable[..., Terminal]]:
+    """Return what starts the wizard in `place`; whatever is still running at the end is closed."""
+    started = []
+
+    def begin(*argv: str, **settings: object) -> Terminal:
+        started.append(Terminal(place, *argv, **settings))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield begin
+    for terminal in started:
+        terminal.child.close(force=True)
+
+
+def through(terminal: Terminal, *, last: str = "") -> None:
+    """Accept every screen but the last, then type `last`."""
+    for title in TITLES[:-1]:
+        terminal.until(title, "Ctrl-C")
+        terminal.type("")
+    terminal.until(TITLES[-1])
+    terminal.type(last)
+
+
+def validate(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "validate", str(path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=path.parent, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_enter_through_all_screens_saves_a_spec_that_is_valid(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start(columns=120)
+    terminal.until(TITLES[0], "1 of 9", "predicted", "TPOT", "tokens/s", "cost/1M tokens")
+    through(terminal, last="save")
+    text = terminal.until("save write the file only", "model: {source: models/tiny}")
+    terminal.type("")
+    assert terminal.end() == 0
+    text = terminal.text
+    assert "wrote leanplan.yaml" in text
+    assert "leanplan plan leanplan.yaml" in text
+    assert "model: {source: models/tiny}" in text
+    validate(place / "leanplan.yaml")
+    assert not (place / ".leanplan" / "wizard.json").exists()
+
+
+def test_a_budget_out_of_reach_is_told_with_the_tightest_that_is_not(start: Callable[..., Terminal]) -> None:
+    terminal = start(columns=120)
+    for title in TITLES[:5]:
+        terminal.until(title)
+        terminal.type("")
+    terminal.until(TITLES[5], "reachable")
+    terminal.type("tpot 1 us")
+    terminal.until("✗ tpot_p50 ≤ 1 us is out of reach; tightest: `tpot_p50", "no plan is predicted to keep every limit")
+    terminal.type("tpot tightest")
+    terminal.until("≤", "best plan")
+    assert "out of reach" not in terminal.text
+
+
+def test_ctrl_c_keeps_the_answers_and_the_next_start_goes_on(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start()
+    terminal.until(TITLES[0])
+    terminal.type("")
+    terminal.until(TITLES[1])
+    terminal.type("")
+    terminal.until(TITLES[2])
+    terminal.type("h100-sxm")
+    terminal.until("h100-sxm", "not this machine")
+    terminal.child.sendintr()
+    assert terminal.end() == 130
+    assert "your answers are kept in .leanplan/wizard.json" in terminal.text
+    assert (place / ".leanplan" / "wizard.json").is_file()
+
+    again = start()
+    again.until("You stopped at `machine`, for models/tiny.", "n starts afresh")
+    again.type("")
+    again.until(TITLES[2], "h100-sxm", "answers >")
+    again.child.sendeof()
+    assert again.end() == 130
+
+    afresh = start()
+    afresh.until("n starts afresh")
+    afresh.type("n")
+    afresh.until(TITLES[0], "1 of 9")
+
+
+def test_a_file_that_is_there_is_not_overwritten_without_asking(start: Callable[..., Terminal], place: Path) -> None:
+    (place / "leanplan.yaml").write_text("mine\n", encoding="utf-8")
+    terminal = start()
+    through(terminal, last="save")
+    terminal.type("")
+    terminal.until("overwrite leanplan.yaml? y/N")
+    terminal.type("")
+    terminal.until(TITLES[-1], "Ctrl-C")
+    assert (place / "leanplan.yaml").read_text(encoding="utf-8") == "mine\n"
+    terminal.type("file other.yaml")
+    terminal.until("file other.yaml")
+    terminal.type("")
+    assert terminal.end() == 0
+    assert (place / "leanplan.yaml").read_text(encoding="utf-8") == "mine\n"
+    validate(place / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "marks"),
+    [
+        (dict(columns=20, rows=100), ""),
+        (dict(TERM="dumb", rows=100), ""),
+        (dict(LC_ALL="C"), "ascii"),
+        (dict(PYTHONIOENCODING="ascii:strict"), "ascii"),
+        (dict(NO_COLOR="1"), "colourless"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_poor_terminals_survive(start: Callable[..., Terminal], settings: dict, marks: str) -> None:
+    terminal = start(**settings)
+    terminal.until("What is it for?")
+    terminal.type("finetune")
+    terminal.until("not available yet", "write serve")
+    terminal.type("?")
+    terminal.until("takes a model as it is")
+    terminal.type("")
+    terminal.until("Which model?", "models/tiny")
+    terminal.type("b")
+    terminal.child.sendintr()
+    assert terminal.end() == 130
+    assert b"Traceback" not in terminal.raw
+    if marks == "ascii":
+        assert terminal.raw.isascii()
+    if marks == "colourless":
+        assert b"\x1b[3" not in terminal.raw
+    if settings.get("TERM") == "dumb":
+        assert b"\x1b[2J" not in terminal.raw
+        assert b"\x1b[3" not in terminal.raw
+
+
+def test_advice_from_the_wizard(start: Callable[..., Terminal]) -> None:
+    terminal = start(columns=120, rows=100)
+    terminal.until(TITLES[0])
+    terminal.type("advise")
+    terminal.until("1 of 4")
+    for title in TITLES[:4]:
+        terminal.until(title)
+        terminal.type("")
+    assert terminal.end() == 0
+    assert "What binds" in terminal.text
+
+
+def test_without_a_terminal_there_is_help_and_no_question(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planner"], cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "usage: leanplan" in done.stderr
+
+
+def test_no_input_asks_nothing_at_a_terminal(start: Callable[..., Terminal]) -> None:
+    terminal = start("--no-input")
+    assert terminal.end() == 2
+    assert b"usage: leanplan" in terminal.raw
+
+
+def test_the_first_screen_needs_no_heavy_library(place: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from planner.forecast import Forecast
+from planner.wizard.conversation import Conversation
+from planner.wizard.drawing import Face
+from planner.wizard.screens import defaults, local_models
+
+def show(*args, **settings):
+    Face().draw(*args, **settings)
+    print(sorted({"numpy", "torch", "transformers", "optuna", "networkx", "scipy", "sklearn"} & set(sys.modules)))
+    raise SystemExit(0)
+
+models = local_models(Path())
+Conversation(defaults(models), Forecast(Path("store")), models, ask=None, show=show).lead()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]", done.stderr
+    assert TITLES[0] in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_from_the_first_screen_to_a_recommended_plan(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start(columns=120, rows=50)
+    for title in TITLES[:4]:
+        terminal.until(title)
+        terminal.type("")
+    terminal.until(TITLES[4])
+    terminal.type("loss any")
+    terminal.until("loss any")
+    terminal.type("")
+    for title in TITLES[5:7]:
+        terminal.until(title)
+        terminal.type("")
+    terminal.until(TITLES[7])
+    for line, shown in (("plans 2", "plans 2"), ("time 4 min", "time 4 min")):
+        terminal.type(line)
+        terminal.until(shown)
+    terminal.type("")
+    terminal.until(TITLES[8], "both write the file and run it now")
+    terminal.type("")
+    terminal.until("▸ unchanged model", "left; 0 of at most 2 plans measured")
+    terminal.until("✓ unchanged model ▸ candidates", "● transformers: unchanged", "▸ ")
+    assert terminal.end() == 0
+    assert "Next:" in terminal.text
+    assert "leanplan report" in terminal.text
+    assert "plans measured" not in terminal.text, "the live picture is taken away at the end"
+    validate(place / "leanplan.yaml")
+    (run,) = (place / "runs").iterdir()
+    assert (run / "result.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_in_the_run_is_the_runs_own(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start(columns=120, rows=50)
+    through(terminal)
+    terminal.until("▸ unchanged model", "plans measured")
+    terminal.child.sendintr()
+    assert terminal.end() == 130
+    assert "the same command resumes this run" in terminal.text
+    assert not (place / ".leanplan" / "wizard.json").exists()

@@ -1,0 +1,371 @@
+"""The wizard without a terminal: scripted answers lead through its screens, on a real tiny model with real predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from knowledge_base.errors import BadInput
+from knowledge_base.types import Value
+from planner import spec as specs
+from planner.forecast import Forecast, known_machine
+from planner.wizard import answers as kept_answers
+from planner.wizard import drawing
+from planner.wizard.answers import Answers
+from planner.wizard.conversation import Conversation, wait_for
+from planner.wizard.screens import SCREENS, Screen, View, as_yaml, contradictions, defaults, local_models
+
+NAMES = [screen.name for screen in SCREENS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a catalogue machine's store: what a person would start the wizard in."""
+    from planner.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("wizard")
+    make_tiny_model(folder / "models" / "tiny")
+    (folder / "own.txt").write_text("words " * 500, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forecast(place: Path) -> Forecast:
+    """One memory of what was read, so that each test need not look at the machine again."""
+    return Forecast(place / ".leanplan", offline=True)
+
+
+class Script:
+    """Types lines one after the other and remembers every screen shown. When they run out, the person leaves."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines: Iterator[str] = iter(lines)
+        self.seen: list[tuple[str, View, str]] = []
+
+    def ask(self, screen: Screen) -> str:
+        try:
+            return next(self.lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def show(self, screen: Screen, view: View, *, step: int, steps: int, note: str, more: bool) -> None:
+        self.seen.append((screen.name, view, note))
+
+    @property
+    def notes(self) -> list[str]:
+        return [note for _, _, note in self.seen if note]
+
+    @property
+    def visited(self) -> list[str]:
+        names = [name for name, _, _ in self.seen]
+        return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+@pytest.fixture
+def sit_down(place: Path, forecast: Forecast, monkeypatch: pytest.MonkeyPatch):
+    """Return what leads a scripted person through the wizard in `place`."""
+    monkeypatch.chdir(place)
+
+    def lead(*lines: str, start: str = "goal", answers: Answers | None = None) -> tuple[Conversation, Script]:
+        models = local_models(Path())
+        script = Script(list(lines))
+        first = answers or replace(defaults(models)).with_key("workload", {"prompt_tokens": 32, "output_tokens": 8})
+        conversation = Conversation(
+            first, forecast, models, ask=script.ask, show=script.show, idle=lambda ready: wait_for(ready, 60)
+        )
+        with contextlib.suppress(EOFError):
+            conversation.lead(start)
+        return conversation, script
+
+    return lead
+
+
+def test_enter_accepts_every_default_and_ends_in_a_valid_spec(sit_down) -> None:
+    done, script = sit_down(*[""] * 9)
+    assert script.visited == NAMES
+    assert done.answers.parsed.model.source == "models/tiny"
+    assert done.answers.then == "both"
+    assert all(view.outlook is not None for _, view, _ in script.seen[-9:])
+
+
+def test_a_default_workload_follows_a_short_context_and_a_chosen_one_does_not(sit_down) -> None:
+    models = local_models(Path())
+    done, _ = sit_down("", "", answers=defaults(models))
+    workload = done.answers.parsed.workload
+    assert workload.prompt_tokens + workload.output_tokens <= 256
+    chosen = defaults(models).with_key("workload", {"prompt_tokens": 600, "output_tokens": 8})
+    done, _ = sit_down("", "", answers=chosen)
+    assert done.answers == chosen
+
+
+def test_b_goes_back_and_more_explains(sit_down) -> None:
+    _, script = sit_down("", "?", "b", "b", "", "")
+    assert script.visited == ["goal", "model", "goal", "model", "machine"]
+
+
+def test_answers_change_the_spec_and_the_prediction(sit_down) -> None:
+    done, script = sit_down(
+        "", "", "", "concurrency 2", "output 16", "", "loss 50 %", "", "tpot_p95 50 ms", start="goal"
+    )
+    spec = done.answers.parsed
+    assert (spec.workload.concurrency, spec.workload.output_tokens) == (2, 16)
+    budgets = {b.label: b for b in spec.budgets}
+    assert budgets["quality_loss"].value == 0.5
+    assert budgets["tpot_p95"].value == 0.05
+    before, *_, after = [view.outlook for _, view, _ in script.seen if view.outlook]
+    assert before.unchanged.values["latency_s"].mid < after.unchanged.values["latency_s"].mid
+
+
+@pytest.mark.parametrize(
+    ("screen", "line", "told"),
+    [
+        ("goal", "finetune", "planned, but not available yet"),
+        ("goal", "surf", "is not known here"),
+        ("model", "nowhere", "neither a folder here nor a hub id"),
+        ("machine", "h100-sx", "did you mean"),
+        ("machine", "price cheap", "price for each hour"),
+        ("workload", "promt 3", "did you mean `prompt`"),
+        ("workload", "prompt -1", "whole number"),
+        ("workload", "prompt", "needs a value"),
+        ("quality", "loss lots", "share"),
+        ("quality", "text missing.txt", "is not a file"),
+        ("budgets", "speed 3", "is not known here"),
+        ("budgets", "tpot 3", "unit missing"),
+        ("budgets", "peak_memory_p95 1 GiB", "is not known here"),
+        ("priorities", "tpot energy cost latency", "at most 3"),
+        ("limits", "time soon", "time"),
+        ("review", "file spec.txt", "ends in .yaml"),
+    ],
+)
+def test_a_wrong_line_is_told_and_changes_nothing(sit_down, screen: str, line: str, told: str) -> None:
+    done, script = sit_down(line, start=screen)
+    assert told in script.notes[0]
+    assert "\n" in script.notes[0], "a note ends with what to do"
+    before = script.seen[0][1].answers
+    assert done.answers == before
+    assert done.screen == screen
+
+
+@pytest.mark.parametrize(
+    ("screen", "line", "key", "value"),
+    [
+        ("machine", "h100-sxm", "hardware", "h100-sxm"),
+        ("machine", "price $0.35/h", "prices", {"machine": "$0.35/h"}),
+        ("workload", "edge", "workload", {"prompt_tokens": 128, "output_tokens": 64, "concurrency": 1}),
+        ("workload", "5", "workload", {"prompt_tokens": 128, "output_tokens": 64, "concurrency": 1}),
+        ("quality", "text own.txt", "quality", {"data": "own.txt"}),
+        ("quality", "loss none", "budgets", {"quality_loss": {"max": "0 %"}}),
+        ("quality", "loss any", "budgets", None),
+        ("budgets", "ttft <= 200 ms warn", "budgets", {"quality_loss": {"max": "5 %"}, "ttft_p50": {"max": "200 ms", "level": "warn"}}),
+        ("budgets", "throughput 5 tokens/s", "budgets", {"quality_loss": {"max": "5 %"}, "throughput_p50": {"min": "5 tokens/s"}}),
+        ("priorities", "energy, 2", "objectives", ["energy", "tpot_p50"]),
+        ("limits", "plans 3", "search", {"effort": "quick", "max_measured": 3}),
+        ("limits", "memory 4 GiB", "limits", {"memory": "4 GiB"}),
+    ],
+)  # fmt: skip
+def test_a_line_sets_its_key(sit_down, screen: str, line: str, key: str, value: object) -> None:
+    done, script = sit_down(line, start=screen)
+    assert not script.notes
+    assert done.answers.spec.get(key) == value
+
+
+def test_a_contradiction_is_told_at_once_with_the_tightest_limit_that_works(sit_down) -> None:
+    _, script = sit_down("tpot 1 us", start="budgets")
+    view = script.seen[-1][1]
+    (line,) = contradictions(view)
+    assert line.startswith("✗ tpot_p50 ≤ 1 us is out of reach; tightest: `tpot_p50 ")
+    offered = re.search(r"`(.*)`", line)
+    assert offered
+    _, script = sit_down("tpot 1 us", offered[1], start="budgets")
+    view = script.seen[-1][1]
+    assert contradictions(view) == []
+    assert view.outlook and view.outlook.best
+
+
+def test_tightest_is_a_limit_one_may_type(sit_down) -> None:
+    done, script = sit_down("tpot 1 us", "tpot tightest", start="budgets")
+    assert contradictions(script.seen[-1][1]) == []
+    (limit,) = [b for b in done.answers.parsed.budgets if b.metric == "tpot_s"]
+    outlook = script.seen[-1][1].outlook
+    reach = outlook.reach("tpot_s")
+    assert reach.value <= limit.value <= 1.2 * reach.value
+
+
+def test_limits_that_clash_with_each_other_are_both_named(sit_down) -> None:
+    _, script = sit_down("loss any", start="quality")
+    outlook = script.seen[-1][1].outlook
+    smallest = outlook.reach("artefact_bytes")
+    size, loss = smallest.value * 1.001, 1e-4
+    if outlook.within().any() and outlook.estimate(smallest.plan).values["quality_loss_ratio"].mid <= loss:
+        pytest.skip("the smallest plan of this model costs no quality, so the two do not clash")
+    _, script = sit_down(f"artefact_size {size / 2**10:.4f} KiB", f"quality_loss {100 * loss} %", start="budgets")
+    lines = contradictions(script.seen[-1][1])
+    assert {re.search(r"✗ (\w+)", line)[1] for line in lines} == {"artefact_size", "quality_loss"}  # type: ignore[index]
+    assert all("clashes with your other limits; tightest" in line for line in lines)
+
+
+def test_a_prompt_longer_than_the_context_does_not_pass_the_workload_screen(sit_down) -> None:
+    done, script = sit_down("prompt 1000000", "", "prompt 32", "", start="workload")
+    assert any("context" in note for note in script.notes)
+    assert script.visited == ["workload", "quality"]
+    assert done.answers.parsed.workload.prompt_tokens == 32
+
+
+def test_a_model_that_cannot_be_read_does_not_pass_the_model_screen(sit_down, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{", encoding="utf-8")
+    _, script = sit_down(str(broken), "", start="model")
+    assert script.visited == ["model"]
+    assert script.notes
+    assert script.seen[-1][1].problem is not None
+
+
+def test_advice_ends_after_the_workload(sit_down) -> None:
+    done, script = sit_down("advise", "", "", "", "")
+    assert script.visited == NAMES[:4]
+    assert done.answers.then == "advise"
+
+
+def test_energy_that_nothing_measures_counts_as_modelled(sit_down, forecast: Forecast) -> None:
+    done, _ = sit_down("energy 1 J/token", start="budgets")
+    hardware, _ = forecast.machine("local")
+    (budget,) = [b for b in done.answers.parsed.budgets if b.metric == "energy_j_per_token"]
+    assert budget.source == ("measured" if hardware.energy_counters else "any")
+
+
+def test_the_same_spec_from_wizard_file_and_api_gives_the_same_plans(sit_down, place: Path) -> None:
+    from planner import plan
+
+    done, _ = sit_down("", "", "h100-sxm", "", "", "", "peak_memory 70 GiB", "", "", "", "")
+    path = place / "leanplan.yaml"
+    path.write_text(as_yaml(done.answers), encoding="utf-8")
+    assert specs.load(path) == done.answers.parsed
+    from_file = plan(spec=path, predict=True)
+    fields = {k: v for k, v in done.answers.spec.items() if k not in ("model", "budgets", "version", "goal")}
+    from_api = plan(done.answers.spec["model"]["source"], budgets=done.answers.spec["budgets"], predict=True, **fields)
+    ids = [result.plan.id for result in from_file]
+    assert ids
+    assert ids == [result.plan.id for result in from_api]
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_answers_are_kept_and_taken_up_again(sit_down, tmp_path: Path) -> None:
+    done, _ = sit_down("", "", "", "", "", "ttft 2 s")
+    kept_answers.keep(tmp_path, done.answers, done.screen)
+    again = kept_answers.kept(tmp_path)
+    assert again == (done.answers, "budgets")
+    _, script = sit_down("", start=again[1], answers=again[0])
+    assert script.visited == ["budgets", "priorities"]
+    kept_answers.forget(tmp_path)
+    assert kept_answers.kept(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "spec": {"model": 3}, "file": "a", "then": "b", "screen": "c"}'])  # fmt: skip
+def test_kept_answers_that_cannot_be_used_are_no_start(tmp_path: Path, text: str) -> None:
+    (tmp_path / kept_answers.FILE).write_text(text, encoding="utf-8")
+    assert kept_answers.kept(tmp_path) is None
+
+
+def test_kept_answers_say_only_what_was_answered(sit_down, tmp_path: Path) -> None:
+    done, _ = sit_down()
+    data = json.loads(kept_answers.keep(tmp_path, done.answers, "goal").read_text(encoding="utf-8"))
+    assert set(data) == {"schema", "screen", "spec", "file", "then"}
+
+
+# ---------------------------------------------------------------- how it looks
+
+
+def drawn(script: Script, width: int, height: int = 40, *, more: bool = False, encoding: str = "utf-8") -> str:
+    """Return the last screen as text, as a terminal of that size shows it."""
+    from rich.console import Console
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    face = drawing.Face(console=Console(file=out, width=width, height=height, color_system=None, legacy_windows=False))
+    face.ascii = encoding == "ascii"
+    name, view, note = script.seen[-1]
+    screen = next(s for s in SCREENS if s.name == name)
+    face.draw(screen, view, step=NAMES.index(name) + 1, steps=9, note=note, more=more)
+    out.flush()
+    return out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [20, 80, 120])
+def test_every_screen_fits_its_terminal(sit_down, name: str, width: int) -> None:
+    _, script = sit_down(start=name)
+    screen = next(s for s in SCREENS if s.name == name)
+    for more in (False, True):
+        text = drawn(script, width, more=more)
+        assert max(map(len, text.splitlines())) <= width
+        flat = " ".join(text.split())
+        assert screen.title in flat
+        if width > 20 and not more:
+            for words in ("fits", "size", "TTFT", "TPOT", "tokens/s", "energy/token", "cost/1M tokens", "[", "Ctrl-C"):
+                assert words in flat
+
+
+def test_an_ascii_terminal_gets_ascii(sit_down) -> None:
+    _, script = sit_down("tpot 1 us", start="budgets")
+    assert "!" in drawn(script, 100, encoding="ascii")
+
+
+def test_hostile_names_are_shown_not_obeyed(sit_down, place: Path) -> None:
+    folders = [place / "models" / name for name in ("[bold]x<b>", "x\x1b[2J", "x\u202ey")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    _, script = sit_down(start="model")
+    for folder in folders:
+        (folder / "config.json").unlink()
+    text = drawn(script, 120)
+    assert "models/[bold]x<b>" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize(
+    ("mid", "low", "high", "dimension", "text"),
+    [
+        (0.0012, 0.00066, 0.0021, "time", "1.2 ms [0.66 – 2.1]"),
+        (72 * 2**20, 53 * 2**20, 2**30, "bytes", "72 MiB [53 – 1,000]"),
+        (1e-9, 2e-10, 3e-9, "money", "$0.001/1M tokens [0.0002 – 0.003]"),
+        (0.0, 0.0, 0.0, "ratio", "0 %"),
+    ],
+)
+def test_an_interval_has_one_unit(mid: float, low: float, high: float, dimension: str, text: str) -> None:
+    assert drawing.interval(Value(mid=mid, low=low, high=high, source="analytic"), dimension) == text
+
+
+def test_tab_offers_words_models_and_paths(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    screens = {screen.name: screen for screen in SCREENS}
+    assert drawing.completions(screens["model"], local_models(Path()), "models/t") == ["models/tiny", "models/tiny/"]
+    assert drawing.completions(screens["budgets"], (), "peak_") == ["peak_memory"]
+    assert drawing.completions(screens["quality"], (), "ow") == ["own.txt"]
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_a_machine_without_a_profile_is_glanced_at_and_says_so(tmp_path: Path) -> None:
+    hardware, note = known_machine("local", tmp_path)
+    assert note is not None
+    assert "leanplan probe" in note
+    assert hardware.device.memory_bytes_per_s > 1e8
+    assert not hardware.measured
+    assert not list(tmp_path.iterdir()), "a glance is not kept as a profile"
+
+
+def test_an_unknown_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="unknown machine"):
+        known_machine("h100-sx", tmp_path)
