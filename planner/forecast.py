@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base import units
-from knowledge_base.errors import BadInput, EnvironmentProblem
+from knowledge_base.errors import EnvironmentProblem
 from knowledge_base.metrics import METRICS
 from knowledge_base.types import Budget, Device, Estimate, Hardware, Model, Plan
 from planner.results import PlanResult, Rejection
@@ -48,7 +48,7 @@ def known_machine(name: str, store: Path) -> tuple[Hardware, str | None]:
     light = {probe: machine.probes.get(probe).find() for probe in machine.LIGHT}
     mark = machine.fingerprint(light)
     profile = Path(store) / "machines" / f"{mark}.json"
-    if (known := machine._read(profile)) is not None:
+    if (known := machine.read_profile(profile)) is not None:
         return known.hardware, None
     from planner.probes.accelerators import names
 
@@ -276,12 +276,12 @@ class Forecast:
             LeanplanError: the model, the machine or the workload cannot be used.
         """
         import cost_models
-        from planner.preparing import _with_prices
+        from planner.preparing import check_lengths, with_prices
 
         read = self.model(spec)
         found, note = self.machine(spec.hardware)
-        hardware = _with_prices(found, spec)
-        _check_lengths(spec, read.model)
+        hardware = with_prices(found, spec)
+        check_lengths(spec, read.model)
         space, refused, sampled = self._sample(spec, read.model, hardware)
         problem = replace(sampled.problem, budgets=spec.budgets, objectives=spec.objectives)
         unchanged = cost_models.estimate(_unchanged(space), read.model, spec.workload, hardware)
@@ -291,13 +291,14 @@ class Forecast:
         )  # fmt: skip
 
     def _sample(self, spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...], Priced]:
+        from planner.preparing import legal_plans
         from search.problem import Problem
 
         key = (
             model.digest, spec.workload, repr(hardware), spec.engines, spec.techniques, spec.calibration is not None,
         )  # fmt: skip
         if key not in self._samples:
-            space, refused = _space(spec, model, hardware)
+            space, refused = legal_plans(spec, model, hardware, predict=spec.hardware != "local")
             problem = Problem(
                 model=model,
                 workload=spec.workload,
@@ -308,35 +309,6 @@ class Forecast:
             )
             self._samples[key] = space, refused, sample(problem)
         return self._samples[key]
-
-
-def _check_lengths(spec: Spec, model: Model) -> None:
-    tokens = (spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens) + spec.workload.output_tokens
-    if tokens > model.max_context_tokens:
-        raise BadInput(
-            f"prompt + output are {tokens} tokens, the context of {model.name} is {model.max_context_tokens}",
-            hint="shorten the prompt or the output", where="workload",
-        )  # fmt: skip
-
-
-def _space(spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...]]:
-    """Return the legal plans and what was left out, as `leanplan plan` would have them."""
-    from planner.preparing import _engines
-    from search.space import build_space
-
-    predict = spec.hardware != "local"
-    names, refused = _engines(spec, hardware, predict=predict)
-    space = build_space(
-        model, spec.workload, hardware, engine_names=names, only=spec.techniques.only or None,
-        without=spec.techniques.without, calibration=spec.calibration is not None, executable=not predict,
-    )  # fmt: skip
-    refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
-    if not space.options:
-        raise EnvironmentProblem(
-            "no engine can serve this model here: " + "; ".join(f"{r.what}: {r.why}" for r in refused if r.kind == "engine"),
-            hint="leanplan doctor shows what is missing", where="model",
-        )  # fmt: skip
-    return space, refused
 
 
 def _unchanged(space: Space) -> Plan:

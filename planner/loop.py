@@ -57,11 +57,11 @@ def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
     Raises:
         LeanplanError: bad input, or the environment stands in the way. A failing candidate raises nothing.
     """
-    started = time.monotonic()
     prepared = prepare(
         spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
     )  # fmt: skip
+    started = time.monotonic()  # the limit is for search and measurements: a machine is probed once, in half a minute
     for note in prepared.notes:
         progress.line(note)
     left_out = f"; {len(prepared.refused)} things left out" if prepared.refused else ""
@@ -353,9 +353,12 @@ class Run:
                 self._measure(validator, pick.plan, pick.why)
 
     def _require_a_success(self) -> None:
-        """Refuse an answer when every candidate failed; a collapse of quality is an honest result, not a failing machine."""
+        """Refuse an answer when every one of several candidates failed: the machine is at fault then, not the plans.
+
+        A collapse of quality is an honest result.
+        """
         failures = [r.measurement.failure for p, r in self.known.records.items() if p != self.baseline]
-        if not failures or any(f is None or f.kind == "quality_collapse" for f in failures):
+        if len(failures) < 2 or any(f is None or f.kind == "quality_collapse" for f in failures):
             return
         groups = [r for r in answering.rejections(self._results(), (), {}) if r.kind == "failed"]
         raise EnvironmentProblem(

@@ -50,7 +50,7 @@ def find(name: str, store: Path, *, tell: Callable[[str], None] = lambda text: N
     if name == "local":
         return probe(store, tell=tell)
     if name.endswith(".json"):
-        found = _read(Path(name))
+        found = read_profile(Path(name))
         if found is None:
             raise BadInput(
                 "not a machine profile of this version",
@@ -80,7 +80,7 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
     light = {name: probes.get(name).find() for name in LIGHT}
     mark = fingerprint(light)
     path = Path(store) / "machines" / f"{mark}.json"
-    known = None if refresh else _read(path)
+    known = None if refresh else read_profile(path)
     if known is not None and not _worth_repeating(known.facts["noise"]["busy_ratio"]):
         facts = {**known.facts, **light}
         return replace(known, facts=facts, hardware=_hardware(facts, mark, known.taken_at))
@@ -110,7 +110,7 @@ def _worth_repeating(busy_then: float) -> bool:
     return busy_then > NOISY_RATIO and probes.get("noise").find()["busy_ratio"] < busy_then / 2
 
 
-def _read(path: Path) -> Profile | None:
+def read_profile(path: Path) -> Profile | None:
     """Return a saved profile, or None where there is none that this version can use."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

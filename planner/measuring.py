@@ -194,6 +194,7 @@ def screen(
     counters = counters or energy.Counters()
     samples, first = Samples(), 1
     with measurement_lock(waiting=waiting) as waited_s:
+        job.candidate.grant(waited_s)
         load_before = os.getloadavg()[0]
         job.candidate.reset_peak()
         # The very first request compiles, allocates and fills caches: known to be no sample of the steady state.
@@ -396,6 +397,8 @@ def interleave(
     blocks: dict[str, list[Samples]] = {name: [] for name in jobs}
     batch_s: dict[str, float] = {}
     with measurement_lock(waiting=waiting) as waited_s:
+        for job in jobs.values():
+            job.candidate.grant(waited_s)
         began = time.monotonic()
         for name, job in jobs.items():
             batch_s[name] = _named(name, _block, job, 0, 2, counters).latency_s[-1]

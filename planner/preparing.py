@@ -53,7 +53,6 @@ def prepare(
     """
     from planner.machine import find
     from planner.reading import read_model
-    from search.space import build_space
 
     if spec.workload.requests_per_s is not None:
         raise BadInput(
@@ -74,36 +73,10 @@ def prepare(
         weights="optional" if only_predict else "required",
     )
     model = read.model
-    tokens = (spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens) + spec.workload.output_tokens
-    if tokens > model.max_context_tokens:
-        raise BadInput(
-            f"prompt {tokens - spec.workload.output_tokens} + output {spec.workload.output_tokens} tokens > "
-            f"context {model.max_context_tokens} of {model.name}",
-            hint="shorten workload.prompt_tokens or workload.output_tokens",
-            where="workload",
-        )
+    check_lengths(spec, model)
     # This machine last: the first time, probing it takes a while, and a mistake in the spec is told before.
-    hardware = _with_prices(other or find("local", store, tell=tell), spec)
-    names, refused = _engines(spec, hardware, predict=only_predict)
-    space = build_space(
-        model,
-        spec.workload,
-        hardware,
-        engine_names=names,
-        only=spec.techniques.only or None,
-        without=spec.techniques.without or (),
-        calibration=spec.calibration is not None,
-        executable=not only_predict,
-    )
-    if not space.options:
-        raise EnvironmentProblem(
-            "no engine can serve this model here: "
-            + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
-            hint="leanplan doctor shows what is missing",
-        )
-    if spec.hardware == "local":
-        refused += _without_gpu(hardware)
-    refused += tuple(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused)
+    hardware = with_prices(other or find("local", store, tell=tell), spec)
+    space, refused = legal_plans(spec, model, hardware, predict=only_predict)
     return Prepared(
         spec=spec,
         model=model,
@@ -113,6 +86,48 @@ def prepare(
         refused=refused,
         notes=tuple(read.notes),
     )
+
+
+def check_lengths(spec: Spec, model: Model) -> None:
+    """Refuse a workload that is longer than the model's context."""
+    output = spec.workload.output_tokens
+    prompt = spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens
+    if prompt + output > model.max_context_tokens:
+        raise BadInput(
+            f"prompt {prompt} + output {output} tokens > context {model.max_context_tokens} of {model.name}",
+            hint="shorten workload.prompt_tokens or workload.output_tokens",
+            where="workload",
+        )
+
+
+def legal_plans(spec: Spec, model: Model, hardware: Hardware, *, predict: bool) -> tuple[Space, tuple[Rejection, ...]]:
+    """Return the legal plans of a spec, and what was left out with the reason.
+
+    Raises:
+        EnvironmentProblem: no engine can serve the model here.
+    """
+    from search.space import build_space
+
+    names, refused = _engines(spec, hardware, predict=predict)
+    space = build_space(
+        model,
+        spec.workload,
+        hardware,
+        engine_names=names,
+        only=spec.techniques.only or None,
+        without=spec.techniques.without or (),
+        calibration=spec.calibration is not None,
+        executable=not predict,
+    )
+    if not space.options:
+        raise EnvironmentProblem(
+            "no engine can serve this model here: "
+            + "; ".join(f"{r.what}: {r.why}" for r in space.refused if r.kind == "engine"),
+            hint="leanplan doctor shows what is missing",
+        )
+    if spec.hardware == "local":
+        refused += _without_gpu(hardware)
+    return space, (*refused, *(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused))
 
 
 def _require_measurable(spec: Spec) -> None:
@@ -140,7 +155,7 @@ def _without_gpu(hardware: Hardware) -> tuple[Rejection, ...]:
     return (Rejection(what="GPU plans", why=why, kind="engine"),)
 
 
-def _with_prices(hardware: Hardware, spec: Spec) -> Hardware:
+def with_prices(hardware: Hardware, spec: Spec) -> Hardware:
     """Return the machine with the spec's own prices and intensities in place of the defaults."""
     given = spec.prices
     return replace(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from planner.spec import Spec
 
 NARROWEST = 72  # columns below which the table has no room, and a status line does
-SPARK_COLUMNS, SPARK_ROWS = 32, 5
+SPARK_COLUMNS, SPARK_ROWS = 32, 4
 FIGURE_COLUMNS = 19  # of one metric in the table
 TABLE_LINES = 5  # of the table that are no plan: the space above, headings, rule, "and more"; and the cursor's
 
@@ -206,10 +206,17 @@ class LiveProgress(Progress):
             style = "bold" if result.on_front and result.feasible else "" if result.on_front else "dim"
             shown = [cells.cell(result, name, measured=True) for name in names]
             mark = "●" if result.on_front else "○"
-            table.add_row(self._text(f"{mark} {result.plan.words}", style), *(self._text(c, style) for c in shown))
+            table.add_row(self._text(f"{mark} {result.plan.words}", style), *(self._judged(c, style) for c in shown))
         if len(ranked) > room:
             table.add_row(self._text(f"... and {len(ranked) - room} more", "dim"))
         return table
+
+    def _judged(self, cell: str, style: str) -> Any:
+        """Return a cell with the mark of its budget in its colour."""
+        text = self._text(cell, style)
+        if colour := {"✓": "green", "✗": "red", "?": "yellow"}.get(cell[-1]):
+            text.stylize(colour, len(text) - 1)
+        return text
 
     def _rank(self, result: PlanResult) -> float:
         """Return what sorts plans by the first objective, the best first."""
@@ -231,7 +238,7 @@ class LiveProgress(Progress):
         from knowledge_base.metrics import METRICS
         from planner.reports._table import value_text
 
-        lines = [self._text(f"▸ {plan.words}  ({why}){': ' if self.doing else ''}{self.doing}", "cyan", lines=1)]
+        lines = [self._text(f"▸ {plan.words}{': ' if self.doing else ''}{self.doing}  ({why})", "cyan", lines=1)]
         values = estimate.values if estimate else {}
         told = ", ".join(f"{METRICS[n].label} {value_text(values[n], n)}" for n in self._metrics() if n in values)
         return [*lines, self._text(f"  predicted: {told}", "dim")] if told else lines
@@ -252,9 +259,10 @@ class LiveProgress(Progress):
         signs = [1 if find_metric(label)[0].better == "lower" else -1 for label in labels]
         rows = scatter(points, columns=SPARK_COLUMNS, rows=SPARK_ROWS, signs=signs, plain=self.plain)
         across, up = (f"{'more' if sign > 0 else 'less'} {label}" for sign, label in zip(signs, labels))
+        rows = [f"│{row}" for row in rows]
         for i, label in enumerate((f"up: {up}", f"right: {across}", "best: lower left")):
             rows[i] += f"  {label}"
-        return self._text("\n".join(rows), "dim", lines=1)
+        return self._text("\n".join([*rows, "└" + "─" * SPARK_COLUMNS]), "dim", lines=1)
 
     def _text(self, value: str, style: str = "", lines: int = 0) -> Any:
         """Return foreign text as it is; cut to the terminal's width where it has `lines` 1."""

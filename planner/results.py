@@ -104,7 +104,7 @@ class ParetoSet:
         from planner.reports import html, markdown
 
         folder = Path(folder)
-        write_json(folder / "result.json", {"schema": 1, **_as_dict(self)})
+        write_json(folder / "result.json", as_mapping(self))
         write_atomic(folder / "summary.md", markdown.render(self))
         write_atomic(folder / "report.html", html.render(self))
         return folder
@@ -152,10 +152,11 @@ class ParetoSet:
         return pandas.DataFrame(rows)
 
 
-def _as_dict(result: ParetoSet) -> dict[str, Any]:
+def as_mapping(answer: ParetoSet) -> dict[str, Any]:
+    """Return an answer as result.json holds it."""
     from knowledge_base.serde import plain
 
-    return plain(result)
+    return {"schema": 1, **plain(answer)}
 
 
 def _refuse(constant: str) -> None:

@@ -8,7 +8,7 @@ runs/2026-11-21T0934Z-serve-tiny-lm-7f3a/
   artefacts/<id>/ what was measured
   study.db        the measured plans as an Optuna study
   result.json     the answer; its presence says the run is finished
-  summary.md
+  report.html     the answer for people, with charts; summary.md: in short
 """
 
 from __future__ import annotations

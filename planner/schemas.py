@@ -15,12 +15,13 @@ _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(
 
 def names() -> tuple[str, ...]:
     """Return what there is a schema of."""
-    return ("spec", "check", "result", "lock", "error")
+    return ("spec", "check", "result", "lock", "advice", "error")
 
 
 def schema(name: str) -> dict[str, Any]:
-    """Return the schema of one of `names()`: the spec file, `check --json`, result.json, the lock file, an error."""
+    """Return the schema of one of `names()`: the spec file, `check --json`, result.json, the lock file, `advise --json`, an error."""
     from planner import spec
+    from planner.advising import Advice
     from planner.lock import Lock
     from planner.reports.check.json import FIELDS
     from planner.results import ParetoSet
@@ -30,6 +31,7 @@ def schema(name: str) -> dict[str, Any]:
     shapes: dict[str, tuple[Mapping[str, Any], type | None]] = {
         "check": (FIELDS, None),
         "result": ({"schema": int}, ParetoSet),
+        "advice": ({}, Advice),
         "lock": ({"schema": int, "content": str}, Lock),
         "error": ({"error": {"message": str, "where": str | None, "hint": str, "exit_code": int}}, None),
     }

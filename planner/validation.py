@@ -132,7 +132,8 @@ class Validator:
                 warnings += observed.warnings
                 versions |= observed.versions
                 stage = "quality"
-                with measurement_lock(waiting=self.run.progress.line):
+                with measurement_lock(waiting=self.run.progress.line) as waited_s:
+                    candidate.grant(waited_s)
                     figures |= self._quality(plan, candidate, warnings)
                 candidate.call("close", {}, timeout_s=60)
         except CandidateFailed as error:

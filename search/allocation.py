@@ -112,7 +112,9 @@ def _solve(
     try:
         problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit_s, threads=1))
     except pulp.PulpSolverError as error:
-        raise EnvironmentProblem(f"the solver cannot run: {error}", hint="pip install highspy, PuLP's solver here") from error
+        raise EnvironmentProblem(
+            f"the solver cannot run: {error}", hint="pip install highspy, PuLP's solver here"
+        ) from error
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise EnvironmentProblem(
             f"the solver found no allocation in {time_limit_s:g} s", hint="give it more time, or allow more bytes"

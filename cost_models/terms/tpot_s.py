@@ -23,4 +23,9 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     parts = {name: part / kept for name, part in decode_parts(case).items()}
     step = total(parts, {"engine overhead": case.rates.overhead_log_sd, "KV cache": 0.5}, case.rates.weights_log_sd)
     acceptance = ACCEPTANCE_LOG_SD * np.log(np.maximum(kept, 1.0))
-    return Prediction(mid=step.mid, log_sd=np.hypot(np.hypot(step.log_sd, MACHINE_LOG_SD), acceptance), step_log_sd=acceptance, parts=parts)
+    return Prediction(
+        mid=step.mid,
+        log_sd=np.hypot(np.hypot(step.log_sd, MACHINE_LOG_SD), acceptance),
+        step_log_sd=acceptance,
+        parts=parts,
+    )

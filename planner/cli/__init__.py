@@ -143,7 +143,21 @@ class LeanplanOSError(LeanplanError):
             errno.EACCES: "choose a folder you may write with --run-dir and --store",
             errno.EROFS: "choose a folder you may write with --run-dir and --store",
         }.get(error.errno or 0, "check the path and its permissions; leanplan doctor shows what leanplan may use")
-        super().__init__(error.strerror or str(error), hint=hint, where=str(error.filename) if error.filename else None)
+        text = error.strerror or str(error)
+        if error.errno == errno.ENOSPC and error.filename:
+            text += f": {_free(str(error.filename))} free"
+        super().__init__(text, hint=hint, where=str(error.filename) if error.filename else None)
+
+
+def _free(path: str) -> str:
+    """Return what is free on the file system of a path whose last parts may not exist."""
+    import shutil
+    from pathlib import Path
+
+    from knowledge_base import units
+
+    folder = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    return units.format(shutil.disk_usage(folder).free, "bytes")
 
 
 def _show_error(options: Any, error: LeanplanError) -> None:

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--predict", action="store_true", help="price plans only; nothing is run")
     parser.add_argument(
-        "--time-limit", metavar="TIME", help='wall time for everything, e.g. "10 min" (default: the spec\'s)'
+        "--time-limit",
+        metavar="TIME",
+        help='wall time of search and measurements, e.g. "10 min" (default: the spec\'s)',
     )
     parser.add_argument(
         "--max-measured", type=int, metavar="N", help="candidates to measure at most (default: the spec's)"
@@ -52,6 +54,7 @@ def run_spec(spec: Spec, options: argparse.Namespace) -> int:
     from planner.finding import runs_root
     from planner.loop import Settings, run
     from planner.progress import progress_of
+    from planner.results import as_mapping
 
     search = spec.search
     if options.time_limit:
@@ -87,9 +90,9 @@ def run_spec(spec: Spec, options: argparse.Namespace) -> int:
         write_lock(lock_path(spec), lock_of(answer))
         progress.line(f"wrote {lock_path(spec)}")
     colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty() and not _no_colour())
-    emit(options, answer, _rendered(answer, options.format, colour))
+    emit(options, as_mapping(answer), _rendered(answer, options.format, colour))
     if answer.folder:
-        progress.line(f"run folder: {answer.folder}")
+        progress.line(f"run folder: {answer.folder}, with report.html")
         if answer.recommended and (options.json or options.format in ("json", "markdown")):  # the table says it itself
             progress.line(
                 f"next: leanplan explain {answer.recommended.plan.id}; leanplan build {answer.recommended.plan.id} -o DIR"

@@ -305,6 +305,10 @@ class Candidate:
                 raise CandidateFailed(error["kind"], text, hint=f"see {self.log}")
             raise self._fail("invalid_result", f"malformed reply to `{op}`")
 
+    def grant(self, seconds: float) -> None:
+        """Make its life this much longer: it was kept waiting, by no fault of its own."""
+        self._deadline += seconds
+
     @property
     def cpu_s(self) -> float:
         """CPU seconds its processes have used so far."""

@@ -12,6 +12,6 @@ def render(answer: ParetoSet) -> str:
     """Return the answer as JSON; `planner.results.load` reads it back."""
     import json
 
-    from knowledge_base.serde import plain
+    from planner.results import as_mapping
 
-    return json.dumps({"schema": 1, **plain(answer)}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(as_mapping(answer), indent=1, allow_nan=False, ensure_ascii=False) + "\n"

@@ -158,7 +158,7 @@ SEARCH = Section(
     SearchEffort,
     (
         Key("effort", Choice(tuple(EFFORT_TIME_S)), "how hard to try"),
-        Key("time_limit", Quantity("time"), "wall time of everything", attribute="time_limit_s", example="10 min",
+        Key("time_limit", Quantity("time"), "wall time of search and measurements", attribute="time_limit_s", example="10 min",
             absent="by effort: " + ", ".join(f"{e} {units.format(s, 'time')}" for e, s in EFFORT_TIME_S.items())),
         Key("max_measured", Whole(most=100_000), "plans to measure at most", example="12",
             absent="by effort: " + ", ".join(f"{e} {n}" for e, n in EFFORT_MEASURED.items())),

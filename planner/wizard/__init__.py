@@ -41,10 +41,14 @@ def run(options: Any) -> int:
         answers = conversation.lead(screen)
         while not _may_write(answers, options):
             answers = conversation.lead("review")
+        _write(answers)
     except (KeyboardInterrupt, EOFError, Terminated) as stop:
         path = keep(store, conversation.answers, conversation.screen)
         say(f"\nstopped; your answers are kept in {path}: leanplan goes on from there")
         return ExitCode.TERMINATED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED
+    except OSError:
+        keep(store, conversation.answers, conversation.screen)
+        raise
     forget(store)
     return _finish(answers, options, forecast)
 
@@ -95,8 +99,16 @@ def _may_write(answers: Answers, options: Any) -> bool:
     return input(clean(f"overwrite {path}? y/N > ")).strip().lower() in ("y", "yes")
 
 
+def _write(answers: Answers) -> None:
+    """Write the spec, where that was chosen."""
+    if answers.then in WRITING:
+        from knowledge_base.serde import write_atomic
+
+        write_atomic(Path(answers.file), as_yaml(answers))
+
+
 def _finish(answers: Answers, options: Any, forecast: Forecast) -> int:
-    """Print the spec and the command, or the advice; write the spec and run it, where that was chosen."""
+    """Print the spec and the command, or the advice; run the spec, where that was chosen."""
     if answers.then == "advise":
         from planner.advising import advice, as_text
 
@@ -105,17 +117,10 @@ def _finish(answers: Answers, options: Any, forecast: Forecast) -> int:
         return ExitCode.DONE
     import shlex
 
-    text = as_yaml(answers)
-    emit(options, answers.spec, text)
-    if answers.then in WRITING:
-        from knowledge_base.serde import write_atomic
-
-        write_atomic(Path(answers.file), text)
-        say(f"\nwrote {answers.file}")
-    source = answers.file if answers.then in WRITING else "-"
-    say(
-        f"the same without questions: leanplan plan {shlex.quote(source)}{'' if answers.then in WRITING else ' < SPEC'}"
-    )
+    emit(options, answers.spec, as_yaml(answers))
+    source, rest = (shlex.quote(answers.file), "") if answers.then in WRITING else ("-", " < SPEC")
+    say(f"\nwrote {answers.file}" if answers.then in WRITING else "\nnot written to a file")
+    say(f"the same without questions: leanplan plan {source}{rest}")
     if answers.then == "save":
         return ExitCode.DONE
     from planner.cli import plan

@@ -83,7 +83,6 @@ class Conversation:
         self.screen = "goal"
         self._asked_for: Answers | None = None
         self._coming: Prediction | None = None
-        self._last: Outlook | None = None
 
     def lead(self, start: str = "goal") -> Answers:
         """Go through the screens from `start` on and return the answers."""
@@ -153,12 +152,11 @@ class Conversation:
         return self._coming
 
     def _view(self) -> View:
-        """Return what there is to see: the newest outlook, the one before while the newest is being worked out."""
-        view = View(answers=self.answers, outlook=self._last, models=self.models)
-        if self._coming is None or not self._coming.done():
+        """Return what there is to see: the answers, and what is predicted for them if that is known by now."""
+        view = View(answers=self.answers, models=self.models)
+        if self._coming is None or self._asked_for != self.answers or not self._coming.done():
             return view
-        error, self._last = self._coming.error, self._coming.outlook
-        return replace(view, outlook=self._last, problem=error)
+        return replace(view, outlook=self._coming.outlook, problem=self._coming.error)
 
 
 def wait_for(ready: Callable[[], bool], seconds: float = 3.0) -> None:

@@ -207,7 +207,7 @@ def _mid(value: Value, dimension: str) -> str:
 
 def _waiting(view: View) -> str:
     if view.problem is None:
-        return "predicting ..."
+        return "predicting ... (? looks again)"
     return f"nothing can be predicted: {view.problem.message}\n{view.problem.hint}"
 
 

@@ -147,27 +147,22 @@ def _numbered(text: str, options: Sequence[str]) -> str:
 def local_models(folder: Path) -> tuple[str, ...]:
     """Return the model folders here and one or two levels below, as paths from here; those a spec can name."""
     found = [folder, *sorted(folder.glob("*")), *sorted(folder.glob("models/*"))]
-    paths = [p.relative_to(folder).as_posix() for p in found if (p / "config.json").is_file()]
+    paths = [p.relative_to(folder).as_posix() for p in found if _is_model(p)]
     return tuple(path for path in paths if path.isprintable())
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:
+        return False  # a folder we may not look into
 
 
 def _model_grid(view: View) -> Grid:
     source = view.answers.spec["model"]["source"]
     names = list(view.models[:SHOWN_MODELS])
     names += [] if source in names else [source]
-    rows: list[tuple[str, ...]] = [(str(i), name) for i, name in enumerate(names, 1)]
-    chosen = frozenset({names.index(source)})
-    if view.outlook is not None:
-        model = view.outlook.model
-        experts = f", {model.experts_active} of {model.experts} experts at a time" if model.experts else ""
-        rows += [
-            ("", ""),
-            ("is", f"{model.architecture}, {_parameters(model.params_total)} parameters{experts}"),
-            ("layers", f"{model.layers} of width {model.hidden_size}, {model.heads} heads ({model.kv_heads} of keys and values)"),
-            ("context", f"{model.max_context_tokens:,} tokens"),
-            ("weights", f"{units.format(model.weight_bytes, 'bytes')} in {model.weight_dtype}"),
-        ]  # fmt: skip
-    return Grid(rows=rows, chosen=chosen)
+    return Grid(rows=[(str(i), name) for i, name in enumerate(names, 1)], chosen=frozenset({names.index(source)}))
 
 
 def _parameters(count: int) -> str:
@@ -187,7 +182,18 @@ def _model_change(view: View, text: str) -> Answers:
 
 
 def _model_remarks(view: View) -> list[str]:
-    return list(view.outlook.notes) if view.outlook else []
+    """Return what config.json and the headers say of the model, and what is worth a warning."""
+    if view.outlook is None:
+        return []
+    model = view.outlook.model
+    experts = f", {model.experts_active} of {model.experts} experts at a time" if model.experts else ""
+    return [
+        f"{model.architecture}: {_parameters(model.params_total)} parameters{experts}, "
+        f"{units.format(model.weight_bytes, 'bytes')} in {model.weight_dtype}",
+        f"{model.layers} layers of width {model.hidden_size}, {model.heads} heads ({model.kv_heads} of keys and values); "
+        f"context {model.max_context_tokens:,} tokens",
+        *view.outlook.notes,
+    ]
 
 
 # ---------------------------------------------------------------- 3 machine
@@ -305,16 +311,13 @@ def _quality_grid(view: View) -> Grid:
 def _quality_change(view: View, text: str) -> Answers:
     word, _, value = text.partition(" ")
     value = value.strip()
-    if word == "loss" and value:
-        if value == "any":
-            return view.answers.with_key("budgets.quality_loss", None)
-        return view.answers.with_key("budgets.quality_loss", {"max": "0 %" if value == "none" else value})
-    if word not in _TEXTS or not value:
-        raise (
-            _unknown(word, ("loss", *_TEXTS))
-            if word not in ("loss", *_TEXTS)
-            else BadInput(f"`{word}` needs a value", hint="type for example `loss 2 %`, or `calibration bundled`")
-        )
+    if word not in ("loss", *_TEXTS):
+        raise _unknown(word, ("loss", *_TEXTS))
+    if not value:
+        raise BadInput(f"`{word}` needs a value", hint="type for example `loss 2 %`, or `calibration bundled`")
+    if word == "loss":
+        limit = {"any": None, "none": {"max": "0 %"}}.get(value, {"max": value})
+        return view.answers.with_key("budgets.quality_loss", limit)
     if value == "none" or (word, value) == ("text", "bundled"):
         return view.answers.with_key(_TEXTS[word] if word == "text" else "calibration", None)
     if value == "bundled":
@@ -483,6 +486,8 @@ def _review_change(view: View, text: str) -> Answers:
     if word == "file" and value.strip():
         if Path(value.strip()).suffix not in (".yaml", ".yml"):
             raise BadInput("a spec file's name ends in .yaml", hint="type for example `file leanplan.yaml`")
+        if not Path(value.strip()).parent.is_dir():
+            raise BadInput(f"no folder {units.quote(str(Path(value.strip()).parent))}", hint="name one that is there")
         return replace(view.answers, file=value.strip())
     word = _numbered(text, tuple(_THEN))
     if word not in _THEN:

@@ -41,15 +41,14 @@ def _parameters() -> list[object]:
     return found
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a checkout is, with what the pages name."""
-    folder = tmp_path_factory.mktemp("checkout")
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder as a fresh checkout is, with what the pages name: each page stands for itself."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name)
-    for spec in folder.rglob("*.yaml"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for spec in tmp_path.rglob("*.yaml"):
         spec.write_text(_relaxed(spec.read_text(encoding="utf-8")), encoding="utf-8")
-    return folder
+    return tmp_path
 
 
 def _relaxed(spec: str) -> str:

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from planner.lock import read_lock, write_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)  # whole runs of the real thing, on machines that may be busy
@@ -212,18 +215,21 @@ def test_a_second_plan_measures_nothing_twice(planned: dict, place: Path) -> Non
     assert set((place / ".leanplan" / "measurements").iterdir()) == before
 
 
+@pytest.mark.promise("P10")
 def test_check_judges_the_locked_plan(planned: dict, place: Path) -> None:
-    """Measured against a spec whose one budget is met and whose other is not."""
-    import xml.etree.ElementTree as tree
-
+    """Measured against a spec whose one budget is met and whose other is not, and a lock of another artefact."""
     tight = (place / "leanplan.yaml").read_text().replace("max: 4 GiB}\n  q", "max: 1 MiB}\n  q")
     (place / "tight.yaml").write_text(tight)
-    failed = leanplan("check", "tight.yaml", "--format", "junit", "--output-file", "check.xml", cwd=place)
+    locked = read_lock(place / "leanplan.lock")
+    write_lock(place / "leanplan.lock", replace(locked, artefact_digest="0" * 64))
+    failed = leanplan("check", "tight.yaml", "--json", cwd=place)
+    write_lock(place / "leanplan.lock", locked)
     assert failed.returncode == 1, failed.stderr
-    suite = tree.parse(place / "check.xml").getroot()
-    failures = {case.get("name", "").split()[0]: case.find("failure") is not None for case in suite.iter("testcase")}
-    assert failures["peak_memory"] is True
-    assert failures["quality_loss"] is False
+    found = json.loads(failed.stdout)
+    outcomes = {v["budget"]["metric"]: v["outcome"] for v in found["verdicts"]}
+    assert outcomes["peak_memory_bytes"] == "not met"
+    assert outcomes["quality_loss_ratio"] == "met"
+    assert any("the artefact is not the locked one" in note for note in found["notes"])
     assert leanplan("check", "tight.yaml", "--predict", "--exit-zero", cwd=place).returncode == 0
 
 

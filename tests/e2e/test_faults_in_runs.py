@@ -217,6 +217,14 @@ class Terminal:
         )  # fmt: skip
         os.close(theirs)
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
     def read(self) -> bool:
         """Read what is there; return whether more may come. Somebody must read, or the command waits to write."""
         if select.select([self.master], [], [], 0.2)[0]:
@@ -239,7 +247,6 @@ class Terminal:
         deadline = time.monotonic() + timeout_s
         while self.read():
             assert time.monotonic() < deadline, self.said
-        os.close(self.master)
         return self.process.wait(timeout=10)
 
 
@@ -247,13 +254,14 @@ class Terminal:
 @pytest.mark.promise("P5")
 def test_ctrl_c_twice_on_a_terminal_stops_at_once(place: Path, tmp_path: Path) -> None:
     (place / "keys.yaml").write_text(SPEC)
-    terminal = Terminal(command("plan", "keys.yaml", "--run-dir", str(tmp_path / "runs"), "--fresh"), place)
-    terminal.wait_for("batches")  # the status line of a candidate at work
-    terminal.press(b"\x03")
-    terminal.wait_for("stopping: the running candidate has 10 s; again to stop at once")
-    pressed = time.monotonic()
-    terminal.press(b"\x03")
-    assert terminal.end() == 130
+    argv = command("plan", "keys.yaml", "--run-dir", str(tmp_path / "runs"), "--fresh")
+    with Terminal(argv, place) as terminal:
+        terminal.wait_for("batches")  # the status line of a candidate at work
+        terminal.press(b"\x03")
+        terminal.wait_for("stopping: the running candidate has 10 s; again to stop at once")
+        pressed = time.monotonic()
+        terminal.press(b"\x03")
+        assert terminal.end() == 130
     assert time.monotonic() - pressed < 8
     assert "interrupted; the same command resumes this run with nothing lost" in terminal.said
     assert "Traceback" not in terminal.said

@@ -6,16 +6,19 @@ import json
 import os
 import shutil
 import statistics
+import threading
 from dataclasses import replace
 
 import numpy
 import pytest
 
+from knowledge_base import registry
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Device, Figure, Hardware, Model, Plan, Step, Workload
 from planner import building, energy, fidelity, measuring
 from planner.isolation import Limits, Servers
 from planner.isolation.worker import compare, rounded
+from planner.locks import measurement_lock
 from planner.tiny_models import make_tiny_model
 
 LIMITS = Limits(memory_bytes=6 << 30, time_s=240, disk_bytes=1 << 30)
@@ -82,8 +85,6 @@ def artefacts(servers, given):
 def opened(servers, given, tmp_path):
     """Open an artefact in a candidate; all are stopped at the end."""
     from contextlib import ExitStack
-
-    from knowledge_base import registry
 
     with ExitStack() as stack:
 
@@ -224,6 +225,31 @@ def test_screening_gives_every_figure(artefacts, opened, engine):
     measured = "measured" if energy.Counters().names else "modelled"
     assert seen.figures["energy_j_per_token"].source == seen.figures["carbon_gco2e_per_token"].source == measured
     json.dumps(dict(seen.protocol), allow_nan=False)
+
+
+@pytest.mark.promise("P4")
+def test_waiting_for_another_measurement_is_not_the_candidate_s_time(artefacts, servers, given, tmp_path):
+    """The machine's lock is held elsewhere for longer than the candidate may live."""
+    built = artefacts("llama_cpp", ONE_THREAD)
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with measurement_lock():
+            held.set()
+            free.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    limits, log = replace(LIMITS, time_s=5.0), tmp_path / "log.txt"
+    preload = registry.engines.get("llama_cpp").ENGINE.preload
+    with servers.start(preload, folder=tmp_path / "work", limits=limits, log=log) as candidate:
+        job = measuring.open_artefact(candidate, built.folder, WORKLOAD, given[0] / "prompts.npy")
+        threading.Timer(6.0, free.set).start()
+        seen = measuring.screen(job, SHORT, HARDWARE)
+    other.join()
+    assert seen.protocol["lock_wait_s"] > 5
+    assert seen.figures["tpot_s"].n >= 3
 
 
 def test_llama_cpp_is_measured_without_torch(artefacts, opened):

@@ -137,7 +137,7 @@ def test_the_plan_in_hand_is_told_with_what_is_predicted_for_it() -> None:
     progress.trying(plan("next"), "unlike anything measured", Estimate(plan_id="x", hardware_name="toy", values=values))
     progress.tick("1234567890: weight_gguf")
     text = picture(progress)
-    assert "▸ transformers: next  (unlike anything measured): weight_gguf" in text
+    assert "▸ transformers: next: weight_gguf  (unlike anything measured)" in text
     assert "predicted: tpot 3 ms [2 ms – 4 ms]" in text
     progress.measured(RESULTS, "")
     assert "predicted" not in picture(progress)

@@ -142,6 +142,7 @@ def test_answers_change_the_spec_and_the_prediction(sit_down) -> None:
         ("priorities", "tpot energy cost latency", "at most 3"),
         ("limits", "time soon", "time"),
         ("review", "file spec.txt", "ends in .yaml"),
+        ("review", "file nowhere/spec.yaml", "no folder"),
     ],
 )
 def test_a_wrong_line_is_told_and_changes_nothing(sit_down, screen: str, line: str, told: str) -> None:
@@ -187,6 +188,17 @@ def test_a_contradiction_is_told_at_once_with_the_tightest_limit_that_works(sit_
     view = script.seen[-1][1]
     assert contradictions(view) == []
     assert view.outlook and view.outlook.best
+
+
+def test_a_budget_only_measuring_can_judge_is_taken_and_marked(sit_down) -> None:
+    done, script = sit_down("agreement 95 %", "tpot 2x baseline", start="budgets")
+    assert {b.label for b in done.answers.parsed.budgets} >= {"agreement", "tpot_p50"}
+    view = script.seen[-1][1]
+    assert contradictions(view) == []
+    rows = {row[0]: row for row in SCREENS[5].grid(view).rows}
+    assert rows["agreement"] == ("agreement", "?", "≥ 95 %", "?", "")
+    assert rows["tpot_p50"][2] == "≤ 2x baseline"
+    assert rows["tpot_p50"][4] == "✓"
 
 
 def test_tightest_is_a_limit_one_may_type(sit_down) -> None:
