@@ -11,6 +11,7 @@ import pkgutil
 from types import ModuleType
 
 from knowledge_base.errors import BadInput
+from knowledge_base.types import Step
 
 
 class Folder:
@@ -64,3 +65,25 @@ class Folder:
 
 techniques = Folder("knowledge_base.techniques", "technique", ("TECHNIQUE", "rejects", "rewrite", "execute"))
 engines = Folder("knowledge_base.engines", "engine", ("ENGINE", "find", "accepts", "export", "open_artefact"))
+
+
+def complete(step: Step) -> Step:
+    """Return a step with every knob set: those not given take their default.
+
+    Raises:
+        BadInput: an unknown technique, knob or setting.
+    """
+    knobs = techniques.get(step.technique).TECHNIQUE.knobs
+    for knob, value in step.knobs.items():
+        if knob not in knobs:
+            raise BadInput(
+                f"`{step.technique}` has no knob `{knob}`",
+                hint=f"its knobs: {', '.join(knobs) or 'none'}",
+                where="steps",
+            )
+        if value not in knobs[knob].options:
+            options = ", ".join(map(str, knobs[knob].options))
+            raise BadInput(
+                f"`{knob}` of `{step.technique}` cannot be {value!r}", hint=f"one of: {options}", where="steps"
+            )
+    return Step(step.technique, {**{knob: choice.default for knob, choice in knobs.items()}, **step.knobs})

@@ -77,6 +77,7 @@ class Device:
     memory_bytes_per_s: float
     flop_per_s: Mapping[str, float]  # by dtype; multiply and add counted as two
     cores: int | None = None
+    cache_bytes: int | None = None  # last level; None: not known, or no matter
     idle_w: float | None = None
     busy_w: float | None = None
     features: frozenset[str] = frozenset()

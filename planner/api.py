@@ -62,18 +62,22 @@ def estimate(
     """Return predicted figures of one plan, without running anything.
 
     Args:
-        steps: techniques with their knobs; put in the order the knowledge base gives.
+        steps: techniques with their knobs, those not given at their default; put in the order the knowledge base gives.
         hardware: "local" or a name of `leanplan ls machines`.
         workload: prompt_tokens, output_tokens, concurrency.
+
+    Raises:
+        BadInput: an unknown technique, knob, setting or machine, or a model that cannot be read.
     """
     import cost_models
     from knowledge_base import rules
+    from knowledge_base.registry import complete
     from knowledge_base.types import Plan, Workload
     from planner.machine import find
     from planner.reading import read_model
 
     facts = read_model(str(model), weights="optional").model
-    chosen = Plan(model_digest=facts.digest, engine=engine, steps=tuple(rules.order(steps)))
+    chosen = Plan(model_digest=facts.digest, engine=engine, steps=tuple(rules.order([complete(s) for s in steps])))
     lengths = {"prompt_tokens": 128, "output_tokens": 64, **workload}
     return cost_models.estimate(chosen, facts, Workload(**lengths), find(hardware, Path(store)))
 

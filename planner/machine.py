@@ -139,6 +139,7 @@ def _hardware(facts: Mapping[str, Any], mark: str, taken_at: str) -> Hardware:
         memory_bytes_per_s=max(bandwidth["read_bytes_per_s"].values()),
         flop_per_s={dtype: max(rates.values()) for dtype, rates in matmul["flop_per_s"].items()},
         cores=cpu["cores"],
+        cache_bytes=cpu["caches_bytes"].get("L3"),
         features=frozenset(cpu["features"]),
         source=source,
     )

@@ -93,6 +93,7 @@ class Validator:
                     return None
                 if built.digest != record.measurement.artefact_digest:
                     return None
+            self._write_recipe(plan, record.measurement.artefact_digest, record.measurement.versions)
         self._remember(plan, record.measurement.figures)
         return record
 

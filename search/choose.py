@@ -119,10 +119,10 @@ def _difference(plan: Plan, others: Sequence[Plan]) -> float:
 def _strangeness(candidates: Priced, pool: Sequence[int], others: Sequence[Plan]) -> np.ndarray:
     """Return (plans,): minus the difference to the nearest other plan, worked out for the pool alone.
 
-    Each step costs a little more than the difference a new technique makes: one novelty at a time teaches what that
+    Each step costs a little more than the difference a new technique and its setting make: one novelty at a time teaches what that
     novelty does, and is built sooner.
     """
     score = np.zeros(len(candidates.plans))
     for i in pool:
-        score[i] = 1.1 * len(candidates.plans[i].steps) - _difference(candidates.plans[i], others)
+        score[i] = 1.3 * len(candidates.plans[i].steps) - _difference(candidates.plans[i], others)
     return score

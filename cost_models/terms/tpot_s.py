@@ -13,7 +13,7 @@ from cost_models.terms._prediction import Prediction, total
 QUANTITY = "tpot_s"
 USES: tuple[str, ...] = ()
 
-MACHINE_LOG_SD = 0.3  # of what a machine gives a step on one day: caches that hold a small model, neighbours, clocks
+MACHINE_LOG_SD = 0.1  # of what a machine gives a step on one day: neighbours, clocks
 ACCEPTANCE_LOG_SD = 0.5  # of the gain from speculation: it depends on the text
 
 

@@ -87,6 +87,9 @@ def execute(session: Session, *, steps: int) -> None:
         raise CandidateFailed(
             "build_error", "recovery needs at least 4 rows of calibration text", hint="give more `calibration` samples"
         )
+    stored = model.dtype
+    if stored == torch.float16:  # its gradients underflow without scaling, and processors compute it slowly
+        model.to(torch.float32)
     tokens = tokens.to(next(model.parameters()).device)
     cut = len(tokens) - len(tokens) // 4  # neighbouring rows are of one document, so the split is not interleaved
     train, held_out = tokens[:cut], tokens[cut:]
@@ -146,7 +149,7 @@ def execute(session: Session, *, steps: int) -> None:
         wrapped.merge_and_unload()
         for name, mask in zeros.items():
             model.get_submodule(name).weight.data[mask] = 0.0
-    model.eval().requires_grad_(False)
+    model.to(stored).eval().requires_grad_(False)
     session.notes["recover_lora.heldout_kl_nats"] = [before, best_score]
 
 

@@ -93,12 +93,12 @@ def read_step(text: str) -> Step:
     Raises:
         BadInput: an unknown technique, knob or setting; says which there are.
     """
-    from knowledge_base.registry import techniques
+    from knowledge_base.registry import complete, techniques
     from knowledge_base.types import Step
 
     name, _, written = text.partition(":")
     knobs = techniques.get(name.strip()).TECHNIQUE.knobs
-    chosen: dict[str, Any] = {knob: choice.default for knob, choice in knobs.items()}
+    chosen: dict[str, Any] = {}
     for setting in filter(None, written.split(",")):
         knob, equals, value = (part.strip() for part in setting.partition("="))
         if knob not in knobs or not equals:
@@ -112,7 +112,7 @@ def read_step(text: str) -> Step:
                 where=f"--step {text}",
             )
         chosen[knob] = options[value]
-    return Step(name.strip(), chosen)
+    return complete(Step(name.strip(), chosen))
 
 
 def _check(steps: list[Step], engine: Any, model: Model, workload: Workload, hardware: Hardware) -> None:

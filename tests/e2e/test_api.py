@@ -66,6 +66,10 @@ def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path,
 def test_one_plan_can_be_priced(model: Path, store: Path) -> None:
     unchanged = estimate(model, store=store, **WORKLOAD)
     smaller = estimate(model, [Step("weight_int8", {})], store=store, **WORKLOAD)
+    defaults = estimate(model, [Step("weight_int4")], store=store, **WORKLOAD)
+    assert defaults == estimate(model, [Step("weight_int4", {"group_size": 32})], store=store, **WORKLOAD)
+    with pytest.raises(LeanplanError, match="`group_size` of `weight_int4` cannot be 7"):
+        estimate(model, [Step("weight_int4", {"group_size": 7})], store=store, **WORKLOAD)
     assert smaller.values["weights_bytes"].mid < unchanged.values["weights_bytes"].mid
     value = smaller.values["tpot_s"]
     assert value.low <= value.mid <= value.high

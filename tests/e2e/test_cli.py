@@ -213,6 +213,10 @@ def test_a_second_plan_measures_nothing_twice(planned: dict, place: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "known from an earlier run" in done.stderr
     assert set((place / ".leanplan" / "measurements").iterdir()) == before
+    built = leanplan(
+        "build", "recommended", "-o", "again", cwd=place
+    )  # the newest run's, which measured nothing itself
+    assert built.returncode == 0, built.stderr
 
 
 @pytest.mark.promise("P10")

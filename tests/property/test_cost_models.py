@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from cost_models.calibrate import conformal_quantile
-from cost_models.case import case_of
+from cost_models.case import CACHE_GAIN, _cache_gain, case_of
 from cost_models.demand import Node, demand_of
 from cost_models.error_report import spearman
 from cost_models.predict import estimate_many
@@ -71,3 +71,11 @@ def test_rank_correlation_sees_only_order(values: list[int]) -> None:
     a = np.array(values, dtype=float)
     assert np.isclose(spearman(a, np.exp(a / 10)), 1.0)
     assert np.isclose(spearman(a, -a), -1.0)
+
+
+@given(st.floats(1e3, 1e12), st.floats(1e3, 1e12))
+def test_a_cache_only_helps_and_helps_small_models_most(first: float, second: float) -> None:
+    machine = replace(TOY_MACHINE.device, cache_bytes=32 * 2**20)
+    small, large = _cache_gain(np.array(sorted((first, second))), machine)
+    assert 1.0 <= large <= small <= CACHE_GAIN * (1 + 1e-12)
+    assert np.all(_cache_gain(np.array([1e3, 1e12]), TOY_MACHINE.device) == 1.0)

@@ -99,10 +99,11 @@ def test_a_model_that_is_not_damaged_is_left_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in session.model.state_dict().items())
 
 
-def test_bfloat16_models_are_recovered_in_bfloat16():
-    session = damaged("llama", prune_width, {"keep": 0.5}, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_come_back_in_their_own_type(dtype):
+    session = damaged("llama", prune_width, {"keep": 0.5}, dtype)
     recover_lora.execute(session, steps=20)
-    assert {p.dtype for p in session.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in session.model.parameters()} == {dtype}
     before, after = session.notes["recover_lora.heldout_kl_nats"]
     assert after < before
 
