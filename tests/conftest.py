@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# A flag set for whoever runs the tests (.ci/run wants no progress) is not meant for the commands that tests run.
+for _name in [
+    n
+    for n in os.environ
+    if n.startswith("LEANPLAN_") and n not in ("LEANPLAN_ACCEPT", "LEANPLAN_PUBLIC_ROWS", "LEANPLAN_SCREENSHOTS")
+]:
+    del os.environ[_name]
 
 
 @pytest.fixture(scope="session")
