@@ -11,7 +11,7 @@ QUALITY = "5 %"  # loss of quality the advice stays within
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder or a hub id; weights are not needed")
     parser.add_argument(
-        "--target", default="local", metavar="NAME", help="local, a saved profile, or a name of: leanplan ls machines"
+        "--on", default="local", metavar="HARDWARE", help="local, a saved profile, or a name of: leanplan ls machines"
     )
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="length of a prompt (default 512)")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N", help="length of an answer (default 128)")
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     spec = specs.from_mapping(
         {
             "model": {"source": options.model},
-            "hardware": options.target,
+            "hardware": options.on,
             "workload": {name: getattr(options, name) for name in ("prompt_tokens", "output_tokens", "concurrency")},
             "budgets": {"quality_loss": QUALITY},
             "calibration": {"data": str(bundled("calib"))},  # so that techniques that need such text are told of

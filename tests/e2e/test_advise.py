@@ -59,7 +59,7 @@ def test_it_is_data_too(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_the_machine_is_bound_by_memory(tmp_path: Path) -> None:
-    found = as_json(str(BIG), "--target", "h100-sxm", cwd=tmp_path)
+    found = as_json(str(BIG), "--on", "h100-sxm", cwd=tmp_path)
     assert found["binding"] == "memory"
     assert found["needed_bytes"] > found["memory_bytes"]
     for result in found["best"].values():
@@ -72,7 +72,7 @@ def test_long_prompts_cost_arithmetic_and_long_answers_bandwidth(tmp_path: Path)
 
     prompt = ("--prompt-tokens", "900", "--output-tokens", "2")
     answer = ("--prompt-tokens", "16", "--output-tokens", "256")
-    on_gpu = (str(BIG), "--target", "h100-sxm")
+    on_gpu = (str(BIG), "--on", "h100-sxm")
     assert saved("arithmetic", *on_gpu, *prompt) > saved("arithmetic", *on_gpu, *answer)
     assert saved("memory bandwidth", str(TINY), *answer) > saved("memory bandwidth", str(TINY), *prompt)
 
@@ -81,10 +81,10 @@ def test_long_prompts_cost_arithmetic_and_long_answers_bandwidth(tmp_path: Path)
     ("argv", "code", "told"),
     [
         (("nowhere",), 4, "hub"),
-        ((str(TINY), "--target", "h100-sx"), 2, "did you mean"),
+        ((str(TINY), "--on", "h100-sx"), 2, "did you mean"),
         ((str(TINY), "--prompt-tokens", "0"), 2, "prompt_tokens"),
         ((str(TINY), "--prompt-tokens", "100000"), 2, "context"),
-        ((str(TINY), "--target", "no.json"), 2, "not a machine profile"),
+        ((str(TINY), "--on", "no.json"), 2, "not a machine profile"),
     ],
 )
 def test_what_cannot_be_advised_on_is_told_with_a_next_step(
