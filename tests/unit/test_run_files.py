@@ -163,6 +163,19 @@ def test_regressions_need_the_whole_interval_beyond_the_slack() -> None:
     assert outcome(0.02, 0.0, same_machine=False) == "not compared"
 
 
+def test_memory_may_move_by_what_the_system_maps() -> None:
+    def peak(mib: float) -> dict[str, Figure]:
+        return {"peak_memory_bytes": Figure(value=mib * 2**20, low=mib * 2**20, high=mib * 2**20, n=1)}
+
+    def judged(mib: float) -> str:
+        now = Measurement(plan=PLAN, key="k", hardware_fingerprint="toy", figures=peak(mib))
+        return compare(replace(lock(), figures=peak(52)), now, slack=0.03, baseline={}, same_machine=True)[0].outcome
+
+    assert judged(64) == "same"
+    assert judged(70) == "worse"
+    assert judged(30) == "better"
+
+
 def test_a_slower_machine_is_not_a_slower_plan() -> None:
     assert outcome(0.0120, 0.0001, baseline=0.024) == "same"
     assert outcome(0.0160, 0.0001, baseline=0.024) == "worse"
