@@ -83,7 +83,7 @@ def _bounds(outlook: Outlook) -> tuple[Bound, ...]:
     from cost_models.demand import chains
     from cost_models.predict import evaluate
 
-    workload, plan = outlook.spec.workload, unchanged_on(outlook, next(iter(outlook.space.options)))
+    workload, plan = outlook.spec.workload, outlook.space.unchanged()
     nodes = [chains(outlook.model, workload).node(plan)]
     case = case_of(nodes, workload, outlook.hardware)
 
@@ -115,11 +115,6 @@ def _bounds(outlook: Outlook) -> tuple[Bound, ...]:
     return tuple(sorted(bounds, key=lambda bound: -bound.saved))
 
 
-def unchanged_on(outlook: Outlook, engine: str) -> Plan:
-    """Return the model as it came, on an engine."""
-    return Plan(model_digest=outlook.model.digest, engine=engine)
-
-
 # ---------------------------------------------------------------- what helps
 
 
@@ -129,7 +124,7 @@ def _helpers(outlook: Outlook) -> tuple[tuple[Helper, ...], list[Step]]:
     An effect is against the unchanged model on the same engine; what another engine changes is told by itself.
     """
     space = outlook.space
-    alone = [unchanged_on(outlook, engine) for engine in space.options]
+    alone = [space.unchanged(engine) for engine in space.options]
     single = [
         plan
         for engine, families in space.options.items()

@@ -156,7 +156,7 @@ def check(
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
     )  # fmt: skip
     notes += prepared.notes
-    plan = loop.baseline_plan(loop.problem_of(prepared))
+    plan = prepared.space.unchanged()
     if locked is None:
         notes.append(f"no {path.name}: the unchanged model is judged; leanplan plan --lock chooses a plan")
     else:
@@ -347,7 +347,7 @@ def _predicted(prepared, plan: Plan) -> tuple[ParetoSet, PlanResult]:  # type: i
 
     answer = loop.predicted(prepared)
     problem = loop.problem_of(prepared)
-    reference = problem.price([loop.baseline_plan(problem)]).problem_baseline()
+    reference = problem.price([problem.space.unchanged()]).problem_baseline()
     estimate = cost_models.estimate(plan, problem.model, problem.workload, problem.hardware)
     return answer, PlanResult(
         plan=plan, estimate=estimate, verdicts=judge(prepared.spec.budgets, baseline=reference, estimate=estimate)

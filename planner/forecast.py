@@ -284,7 +284,7 @@ class Forecast:
         check_lengths(spec, read.model)
         space, refused, sampled = self._sample(spec, read.model, hardware)
         problem = replace(sampled.problem, budgets=spec.budgets, objectives=spec.objectives)
-        unchanged = cost_models.estimate(_unchanged(space), read.model, spec.workload, hardware)
+        unchanged = cost_models.estimate(space.unchanged(), read.model, spec.workload, hardware)
         return Outlook(
             spec=spec, model=read.model, hardware=hardware, space=space, refused=refused,
             notes=(*read.notes, *([note] if note else [])), priced=replace(sampled, problem=problem), unchanged=unchanged,
@@ -309,10 +309,6 @@ class Forecast:
             )
             self._samples[key] = space, refused, sample(problem)
         return self._samples[key]
-
-
-def _unchanged(space: Space) -> Plan:
-    return Plan(model_digest=space.model_digest, engine=next(iter(space.options)))
 
 
 def sample(problem: Problem) -> Priced:

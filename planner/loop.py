@@ -163,7 +163,7 @@ def _best_predicted(priced: Priced, spec: Spec) -> list[PlanResult]:
     costs = priced.costs()
     chosen = [pool[k] for k in front(costs[pool])]
     chosen = sorted(chosen, key=lambda i: tuple(costs[i]))[:SHOWN_PREDICTED]
-    unchanged = baseline_plan(problem)
+    unchanged = problem.space.unchanged()
     plans = list(dict.fromkeys([unchanged, *(priced.plans[i] for i in chosen)]))
     reference = priced.problem_baseline()
     results = []
@@ -174,11 +174,6 @@ def _best_predicted(priced: Priced, spec: Spec) -> list[PlanResult]:
     # A budget only measuring can tell must not keep a predicted plan from being recommended.
     results = [replace(r, verdicts=tuple(v for v in r.verdicts if v.outcome != "not judged")) for r in results]
     return answering.mark_front(results, problem.objective_metrics)
-
-
-def baseline_plan(problem: Problem) -> Plan:
-    """Return the model as it came, on the first engine (transformers where it can run)."""
-    return Plan(model_digest=problem.model.digest, engine=next(iter(problem.space.options)))
 
 
 def _prices(problem: Problem, plans: list[Plan]) -> dict[Plan, Estimate]:
@@ -313,7 +308,7 @@ class Run:
         return folder
 
     def _baseline(self, validator: Validator) -> None:
-        plan = self.baseline = baseline_plan(problem_of(self.prepared))
+        plan = self.baseline = self.prepared.space.unchanged()
         self.known.before[plan] = self._estimate(plan, None)
         record = self._measure(validator, plan, "the model as it came")
         if failure := record.measurement.failure:

@@ -119,8 +119,8 @@ def _difference(plan: Plan, others: Sequence[Plan]) -> float:
 def _strangeness(candidates: Priced, pool: Sequence[int], others: Sequence[Plan]) -> np.ndarray:
     """Return (plans,): minus the difference to the nearest other plan, worked out for the pool alone.
 
-    Each step costs a little more than the difference a new technique and its setting make: one novelty at a time teaches what that
-    novelty does, and is built sooner.
+    Each step costs a little more than the difference a new technique and its setting make: one novelty at a
+    time teaches what that novelty does, and is built sooner.
     """
     score = np.zeros(len(candidates.plans))
     for i in pool:

@@ -95,7 +95,7 @@ class Priced:
     def problem_baseline(self) -> dict[str, float]:
         """Return the predicted figures of the unchanged model, for relative budgets before it was measured."""
         problem = self.problem
-        plan = Plan(model_digest=problem.model.digest, engine=next(iter(problem.space.options), "transformers"))
+        plan = problem.space.unchanged()
         figures = cost_models.estimate_many(
             [plan], problem.model, problem.workload, problem.hardware, problem.calibration
         )

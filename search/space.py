@@ -44,6 +44,10 @@ class Space:
             return None
         return Plan(model_digest=self.model_digest, engine=engine, steps=tuple(rules.order(steps)))
 
+    def unchanged(self, engine: str | None = None) -> Plan:
+        """Return the model as it came, on an engine: the first if None, which is transformers where it can run."""
+        return Plan(model_digest=self.model_digest, engine=engine or next(iter(self.options)))
+
     def each(self) -> Iterator[Plan]:
         """Yield every legal plan once, in a fixed order."""
         for engine, families in self.options.items():

@@ -10,6 +10,7 @@ on other devices, and where a prompt is long enough that unpacking once is cheap
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ GROUP_SIZES = (32, 64, 128)  # of int4; what both the CPU kernel and the techniq
 _ROWS_FOR_KERNEL = 32
 
 
-class _Packed(nn.Module):
+class _Packed(nn.Module, ABC):
     """What the kinds share: shapes, an optional bias in the model's dtype, a view of the weights as floats."""
 
     kind: str
@@ -56,9 +57,9 @@ class _Packed(nn.Module):
         """Return the parameters `from_spec` needs beyond the shape."""
         return {}
 
+    @abstractmethod
     def dequantised(self) -> torch.Tensor:
         """Return the weights as (out, in) float32, as close as the storage holds them."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> torch.Tensor:
