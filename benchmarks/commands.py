@@ -1,4 +1,4 @@
-"""Whole-process times of commands a person waits for: help, the first words of a plan, a 70B prediction.
+"""Whole-process times of commands a person waits for: help, a 70B prediction, advice, what is known.
 
     python benchmarks/commands.py            # 9 interleaved rounds; writes benchmarks/commands.json
 
@@ -21,8 +21,14 @@ COMMANDS = {
     "help": [str(LEANPLAN), "--help"],
     "bare interpreter": [sys.executable, "-c", "pass"],
     "predict 70B": [str(LEANPLAN), "plan", "examples/llama-70b.yaml", "--predict", "--json", "-q"],
-}
-TARGET_S = {"help": 0.15, "predict 70B": 2.0}
+    "advise": [
+        str(LEANPLAN), "advise", "--model", "examples/llama-70b-shape/config.json", "--hardware", "h100-sxm",
+        "--budget", "peak_memory<=60 GiB", "-q",
+    ],
+    "explain gptq": [str(LEANPLAN), "explain", "gptq"],
+    "matrix": [str(LEANPLAN), "matrix"],
+}  # fmt: skip
+TARGET_S = {"help": 0.15, "predict 70B": 2.0, "advise": 2.0}
 
 
 def once(command: list[str]) -> float:

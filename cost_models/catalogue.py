@@ -22,18 +22,20 @@ def names() -> tuple[str, ...]:
 def find_machine(name: str) -> Hardware:
     """Return a machine of the catalogue: one device with its published figures.
 
-    A device sold with several memory sizes needs one: `apple-m3-max:64GB`, `epyc-9554:256GiB`. Rates are those of
-    dense matrix products; a measured one (`measured_bfloat16_flop_per_s`) is used before a published one. The
-    published power cap is taken as busy power. The host's memory is not in the catalogue: the device's own stands for it.
+    `RTX 4090` is `rtx-4090`. A device sold with several memory sizes needs one: `apple-m3-max:64GB`,
+    `epyc-9554:256GiB`. Rates are those of dense matrix products; a measured one (`measured_bfloat16_flop_per_s`) is
+    used before a published one. The published power cap is taken as busy power. The host's memory is not in the
+    catalogue: the device's own stands for it.
 
     Raises:
         BadInput: no such machine (with the nearest names), or a memory size that cannot be read.
         EnvironmentProblem: the catalogue lacks the memory size or bandwidth.
     """
-    plain, _, size = name.partition(":")
+    written, _, size = name.partition(":")
+    plain = re.sub(r"[\s_]+", "-", written.strip().lower())
     row = next((r for r in read_rows("devices.csv") if r["name"] == plain), None)
     if row is None:
-        near = difflib.get_close_matches(plain.lower().replace("_", "-").replace(" ", "-"), names(), n=3, cutoff=0.4)
+        near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.4)
         guess = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
         raise BadInput(
             f"unknown machine `{name}`{guess}", hint="leanplan ls machines; `local` is this one", where="hardware"
@@ -53,7 +55,7 @@ def find_machine(name: str) -> Hardware:
         cores=int(row["cores"]) if row["cores"] else None,
         idle_w=_number(row["idle_w"]),
         busy_w=_number(row["tdp_w"]),
-        features=frozenset({row["family"]} - {"cpu"}),
+        features=_features(row),
         source=row["source"],
     )
     return Hardware(
@@ -65,6 +67,15 @@ def find_machine(name: str) -> Hardware:
         grid_gco2e_per_kwh=grid_carbon("world")[0],
         fingerprint=f"catalogue:{name}",
     )
+
+
+def _features(row: dict[str, str]) -> frozenset[str]:
+    """Return the kind of toolkit a device is programmed with, and `sm_89` where NVIDIA gives it a compute capability.
+
+    https://developer.nvidia.com/cuda-gpus
+    """
+    capability = {f"sm_{row['compute_capability'].replace('.', '')}"} if row["compute_capability"] else set()
+    return frozenset(({row["family"]} - {"cpu"}) | capability)
 
 
 def _rates(row: dict[str, str]) -> dict[str, float]:

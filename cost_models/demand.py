@@ -92,7 +92,17 @@ def step_read_bytes(demand: Demand) -> float:
 
 # ---------------------------------------------------------------- thousands of plans
 
-_NOT_NUMBERS = {"model", "workload", "engine", "weight_format", "compute_dtype", "threads", "compiled", "because"}
+_NOT_NUMBERS = {
+    "model",
+    "workload",
+    "engine",
+    "weight_format",
+    "compute_dtype",
+    "threads",
+    "compiled",
+    "losses",
+    "because",
+}
 NUMBERS = tuple(name for name in Demand.__dataclass_fields__ if name not in _NOT_NUMBERS)
 MODEL_NUMBERS = (
     "params_total", "params_active", "experts", "experts_active", "state_bytes", "vocab_size", "hidden_size",

@@ -7,13 +7,12 @@ at once, with wide intervals. Calibration corrects them from measurements.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 from knowledge_base.errors import EnvironmentProblem
+from knowledge_base.field.overlay import table
 from knowledge_base.types import Device
 
 
@@ -47,11 +46,9 @@ class Overhead:
     source: str
 
 
-@lru_cache(maxsize=8)
 def read_rows(name: str) -> tuple[dict[str, str], ...]:
-    """Return the rows of one data file of the package."""
-    text = (files("knowledge_base.data") / name).read_text(encoding="utf-8")
-    return tuple(csv.DictReader(text.splitlines()))
+    """Return the rows of one data file of the package, with those that people laid over it."""
+    return table(name)
 
 
 def _best(rows: tuple[dict[str, str], ...], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

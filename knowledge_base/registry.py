@@ -1,6 +1,7 @@
 """A folder of files as a registry: the file is the registration.
 
-The file's name is the entry's name; names starting with `_` are helpers. No list to edit anywhere.
+The file's name is the entry's name; names starting with `_` are helpers. No list to edit anywhere. A folder that people
+may add to is joined by the folders of the same name that they laid over ours (knowledge_base/field/overlay.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
+import traceback
+from pathlib import Path
 from types import ModuleType
 
 from knowledge_base.errors import BadInput
@@ -21,18 +25,41 @@ class Folder:
         package: dotted name of the folder.
         noun: what an entry is called in messages.
         required: names every entry must define.
+        joined: whether people's own folders may add entries.
     """
 
-    def __init__(self, package: str, noun: str, required: tuple[str, ...]) -> None:
+    def __init__(self, package: str, noun: str, required: tuple[str, ...], *, joined: bool = False) -> None:
         self.package = package
         self.noun = noun
         self.required = required
+        self.joined = joined
+        self.folder = package.rpartition(".")[2]
         self._loaded: dict[str, ModuleType] = {}
+        self._joining: list[str] = []
 
     def names(self) -> tuple[str, ...]:
         """Return the entries' names, sorted, without importing them."""
         folder = importlib.import_module(self.package)
+        if self.joined:
+            self._join(folder)
         return tuple(sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_")))
+
+    def _join(self, package: ModuleType) -> None:
+        """Let the package's path hold people's folders as they are now, and forget entries of those that left."""
+        from knowledge_base.field.overlay import folders
+
+        wanted = [str(folder / self.folder) for folder in folders() if (folder / self.folder).is_dir()]
+        if wanted == self._joining:
+            return
+        left = [path for path in self._joining if path not in wanted]
+        package.__path__ = [*(path for path in package.__path__ if path not in self._joining), *wanted]
+        self._joining = wanted
+        importlib.invalidate_caches()
+        prefix = f"{self.package}."
+        for name, module in [(n, m) for n, m in sys.modules.items() if n.startswith(prefix)]:
+            if str(Path(module.__file__ or "").parent) in left:
+                del sys.modules[name]
+                self._loaded.pop(name.removeprefix(prefix), None)
 
     def get(self, name: str) -> ModuleType:
         """Return one entry's module.
@@ -47,7 +74,7 @@ class Folder:
             near = difflib.get_close_matches(name, known, n=2)
             guess = f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
             raise BadInput(f"unknown {self.noun} `{name}`.{guess}", hint=f"known {self.noun}s: {', '.join(known)}")
-        module = importlib.import_module(f"{self.package}.{name}")
+        module = self._import(name)
         missing = [attribute for attribute in self.required if not hasattr(module, attribute)]
         if missing:
             raise BadInput(
@@ -58,13 +85,33 @@ class Folder:
         self._loaded[name] = module
         return module
 
+    def _import(self, name: str) -> ModuleType:
+        try:
+            return importlib.import_module(f"{self.package}.{name}")
+        except Exception as error:
+            place = next((p for folder in self._joining if (p := Path(folder) / f"{name}.py").is_file()), None)
+            if place is None:  # ours: a bug
+                raise
+            lines = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(place)
+            ]
+            line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
+            raise BadInput(
+                f"{self.noun} `{name}` cannot be loaded: {type(error).__name__}: {error}",
+                hint="correct the file", where=f"{place}:{line or 1}",
+            ) from error  # fmt: skip
+
     def all(self) -> dict[str, ModuleType]:
         """Return every entry, by name."""
         return {name: self.get(name) for name in self.names()}
 
 
-techniques = Folder("knowledge_base.techniques", "technique", ("TECHNIQUE", "rejects", "rewrite", "execute"))
-engines = Folder("knowledge_base.engines", "engine", ("ENGINE", "find", "accepts", "export", "open_artefact"))
+techniques = Folder(
+    "knowledge_base.techniques", "technique", ("TECHNIQUE", "rejects", "rewrite", "execute"), joined=True
+)
+engines = Folder(
+    "knowledge_base.engines", "engine", ("ENGINE", "find", "accepts", "export", "open_artefact"), joined=True
+)
 
 
 def complete(step: Step) -> Step:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knowledge_base.serde import digest
+
+if TYPE_CHECKING:
+    from knowledge_base.quality import Loss
 
 # ---------------------------------------------------------------- what is given
 
@@ -185,7 +188,7 @@ class Choice:
     default: Any
 
 
-STAGES = ("prepare", "compress", "recover", "quantise", "serve")
+STAGES = ("design", "pretrain", "prepare", "compress", "recover", "finetune", "quantise", "serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,12 +210,13 @@ class Technique:
     `family` groups alternatives of which a plan holds at most one ("weights", "kv_cache", ...).
     `needs` are capability tags an engine must offer; techniques and engines never name each other.
     `provides` are tags the plan has after this step, for other steps' composition rules.
+    `implements` are the methods of the field it executes (knowledge_base/data/field/methods).
     """
 
     summary: str
     stage: str  # one of STAGES
     family: str
-    taxonomy: str  # place in the survey: "model compression / quantisation / weight-only"
+    implements: tuple[str, ...] = ()
     knobs: Mapping[str, Choice] = field(default_factory=dict)
     saves: tuple[str, ...] = ()
     spends: tuple[str, ...] = ()
@@ -283,6 +287,7 @@ class Demand:
     # quality: perplexity / the unchanged model's, with the log-space standard deviation of that guess
     perplexity_ratio: float = 1.0
     perplexity_log_sd: float = 0.0
+    losses: tuple[Loss, ...] = ()  # the published ones among the steps': some lose more together than apart
     because: tuple[str, ...] = ()  # one short clause for each step that changed something
 
 

@@ -147,7 +147,8 @@ def _hardware(facts: Mapping[str, Any], mark: str, taken_at: str) -> Hardware:
         Device(
             name=gpu["name"], kind="gpu", memory_bytes=gpu["memory_bytes"],
             memory_bytes_per_s=gpu["memory_bytes_per_s"],
-            flop_per_s=gpu["flop_per_s"], busy_w=gpu["busy_w"], features=frozenset({"nvidia"}), source=source,
+            flop_per_s=gpu["flop_per_s"], busy_w=gpu["busy_w"], source=source,
+            features=frozenset({"nvidia", f"sm_{gpu['compute_capability'].replace('.', '')}"}),
         )
         for gpu in facts["accelerators"]["gpus"]
     )  # fmt: skip

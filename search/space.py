@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from knowledge_base import rules
 from knowledge_base.registry import engines, techniques
+from knowledge_base.rules import Composition
 from knowledge_base.types import Hardware, Model, Plan, Step, Workload
 
 
@@ -28,21 +29,28 @@ class Space:
     """Every legal plan of one problem, without listing them.
 
     `options[engine][family]` holds the steps a plan may take of that family; "none of them" is always allowed.
+    `rules[engine]` judges compositions, knowing the facts of this problem.
     """
 
     model_digest: str
     options: dict[str, dict[str, tuple[Step, ...]]]
+    rules: Mapping[str, Composition]
     refused: tuple[Refusal, ...] = ()
 
     def count(self) -> int:
         """Return how many combinations there are before composition rules; an upper bound of the legal plans."""
         return sum(math.prod(len(steps) + 1 for steps in families.values()) for families in self.options.values())
 
+    def fits(self, engine: str, steps: Sequence[Step]) -> bool:
+        """Return whether no rule forbids these steps together, whatever they still need."""
+        return not self.rules[engine].conflict(steps)
+
     def plan(self, engine: str, steps: Sequence[Step]) -> Plan | None:
         """Return the plan with its steps in the order the knowledge base gives, or None if a rule forbids it."""
-        if rules.conflict(steps) or rules.missing(steps):
+        judge = self.rules[engine]
+        if judge.conflict(steps) or judge.missing(steps):
             return None
-        return Plan(model_digest=self.model_digest, engine=engine, steps=tuple(rules.order(steps)))
+        return Plan(model_digest=self.model_digest, engine=engine, steps=judge.order(steps))
 
     def unchanged(self, engine: str | None = None) -> Plan:
         """Return the model as it came, on an engine: the first if None, which is transformers where it can run."""
@@ -61,7 +69,7 @@ class Space:
         for step in (None, *families[0]):
             longer = steps if step is None else (*steps, step)
             # A pair that conflicts stays in conflict whatever is added, so the branch is cut here.
-            if step is None or not rules.conflict(longer):
+            if step is None or self.fits(engine, longer):
                 yield from self._extend(engine, families[1:], longer)
 
 
@@ -92,6 +100,8 @@ def build_space(
         else:
             fitting[name] = engines.get(name)
 
+    facts = rules.facts(model=model, workload=workload, hardware=hardware, calibration=calibration)
+    judges = {name: rules.composition().knowing({**facts, "engine": name}) for name in fitting}
     uncalibrated = []
     options: dict[str, dict[str, tuple[Step, ...]]] = {name: {} for name in fitting}
     for name, module in techniques.all().items():
@@ -117,15 +127,24 @@ def build_space(
             steps, illegal = _settings(name, module, model, workload, hardware)
             refused += illegal
             for engine in served:
-                options[engine][technique.family] = options[engine].get(technique.family, ()) + steps
+                barred = {step: why for step in steps if (why := _barred(step, judges[engine]))}
+                refused += [Refusal(what=f"{step} on {engine}", why=why, kind="rule") for step, why in barred.items()]
+                allowed = tuple(step for step in steps if step not in barred)
+                options[engine][technique.family] = options[engine].get(technique.family, ()) + allowed
     if uncalibrated:
         why = f"{len(uncalibrated)} techniques need calibration text and are left out: add calibration.data"
         refused.append(Refusal(what=", ".join(uncalibrated), why=why, kind="rule"))
     return Space(
         model_digest=model.digest,
         options={engine: {f: s for f, s in families.items() if s} for engine, families in options.items()},
+        rules=judges,
         refused=tuple(refused),
     )
+
+
+def _barred(step: Step, judge: Composition) -> str | None:
+    """Return the rule that forbids a step whatever is beside it."""
+    return next((found.sentence for found in judge.violations((step,)) if not found.rule.b), None)
 
 
 def _settings(

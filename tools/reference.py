@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
@@ -99,7 +100,6 @@ def commands() -> str:
     from planner.reports.check import formats
 
     parser = build_parser()
-    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     shared = next(group for group in parser._action_groups if group.title == "global flags")
     parts = [
         "Every command takes `-h` and the global flags; each global flag is also an "
@@ -107,11 +107,12 @@ def commands() -> str:
         "## Global flags\n",
         _arguments(shared._group_actions),
     ]
-    for name, command in verbs.choices.items():
+    for name, command in parser.verbs.items():
         own = [a for g in command._action_groups if g.title != "global flags" for a in g._group_actions]
         own = [a for a in own if not isinstance(a, argparse._HelpAction)]
         parts += [f"## leanplan {name}\n", inline(str(command.description)) + ".\n"]
         parts += [_arguments(own)] if own else []
+        parts += [f"With `--json` it prints [this](files.md#{name}).\n"]
     rows = [(code(name.replace("_", "-")), inline(module.CHECK)) for name, module in formats.all().items()]
     parts += ["## Formats of leanplan check\n", table(("format", "what it is"), rows)]
     return page("Commands", "`planner.cli.build_parser`", *parts)
@@ -207,14 +208,15 @@ def techniques() -> str:
         module = registry.get(name)
         knobs = "; ".join(f"`{k}`: {codes(c.options)} (default `{c.default}`)" for k, c in t.knobs.items())
         known = {
-            "place in the survey": inline(t.taxonomy), "stage, family": f"{t.stage}, {t.family}", "knobs": knobs or "none",
+            "executes": codes(t.implements), "place in the survey": inline("; ".join(_place(m) for m in t.implements)),
+            "stage, family": f"{t.stage}, {t.family}", "knobs": knobs or "none",
             "saves": codes(METRICS[m].label for m in t.saves), "spends": codes(METRICS[m].label for m in t.spends),
             "needs of an engine": codes(sorted(t.needs)), "provides": codes(sorted(t.provides)),
             "calibration text": "needed" if t.needs_calibration else "not needed",
             "output": "the unchanged model's, token for token" if t.lossless else "may differ from the unchanged model's",
             "Python modules": codes(t.modules), "sources": ", ".join(inline(s) for s in t.sources),
         }  # fmt: skip
-        about = [r for r in rules.load_rules() if any(s and rules.selects(s, name, t) for s in (r.a, r.b))]
+        about = rules.composition().about(name)
         known["composition rules"] = ", ".join(f"[{r.id}](composition.md#{r.id})" for r in about)
         parts += [f"## {name}\n", docstring(module), facts(known)]
         if evidence := getattr(module, "EVIDENCE", ()):
@@ -227,6 +229,12 @@ def techniques() -> str:
                 table(("model", "setting", "quantity", "before", "after", "source"), rows),
             ]
     return page("Techniques", "`knowledge_base/techniques/`", *parts)
+
+
+def _place(method: str) -> str:
+    from knowledge_base.field import field
+
+    return " / ".join(field().path(field().method(method).topic))
 
 
 def _number(value: float | None) -> str:
@@ -355,44 +363,52 @@ def environment() -> str:
 
 def files() -> str:
     from planner import run_folder, schemas
+    from planner.cli import commands
 
+    known = {name: schemas.schema(name) for name in schemas.names()}
+    shared = {part: inner for schema in known.values() for part, inner in schema.get("$defs", {}).items()}
     parts = [
-        "`leanplan schema --of NAME` prints the JSON Schemas that these tables are made from.\n",
+        "`leanplan schema --of NAME` prints the JSON Schemas that these tables are made from. A command that fails prints "
+        "an [error](#error) with `--json`, and its exit code says so.\n",
         "## The run folder\n", docstring(run_folder),
     ]  # fmt: skip
-    for name in schemas.names():
-        schema = schemas.schema(name)
-        if name == "spec":
-            parts += ["## spec\n", "See [spec](spec.md).\n"]
-            continue
-        parts += [f"## {name}\n", _fields(name, schema)]
-        for part, inner in schema.get("$defs", {}).items():
-            parts += [f"### {part} in {name}\n", _fields(name, inner)]
-    return page("Files and JSON", "`planner/run_folder.py` and `planner/schemas.py`", *parts)
+    for title, names in (("What is written", schemas.WRITTEN), ("What commands print with --json", commands.names())):
+        parts += [f"## {title}\n"]
+        for name in names:
+            told = "See [spec](spec.md)" if name == "spec" else _type(known[name] | {"title": ""})
+            parts += [f"### {name}\n", f"{told}.\n"]
+    parts += ["## Parts\n"]
+    for part, schema in shared.items():
+        parts += [f"### {part} part\n", inline(schema["description"]) + "\n", _fields(schema)]
+    return page("Files and JSON", "`planner/run_folder.py`, `planner/schemas.py` and `planner/cli/`", *parts)
 
 
-def _fields(name: str, schema: dict[str, Any]) -> str:
+def _fields(schema: dict[str, Any]) -> str:
     must = schema.get("required", ())
     rows = [
-        (code(field), _type(name, kind), "always" if field in must else "may be missing")
+        (code(field), _type(kind), "always" if field in must else "may be missing", inline(kind.get("description", "")))
         for field, kind in schema["properties"].items()
     ]
-    return table(("field", "type", "there"), rows)
+    return table(("field", "type", "there", "meaning"), rows)
 
 
-def _type(name: str, schema: dict[str, Any]) -> str:
+def _type(schema: dict[str, Any]) -> str:
     """Return a JSON Schema in words."""
-    if "$ref" in schema:
-        part = schema["$ref"].rpartition("/")[2]
-        return f"[{part}](#{part.lower()}-in-{name})"
+    if title := schema.get("title"):
+        return f"[{title.split()[-1]}](#{title.split()[-1]})"
+    if part := schema.get("$ref"):
+        name = part.rpartition("/")[2]
+        return f"[{name}](#{name.lower()}-part)" if part.startswith("#") else _link(part)
     if "anyOf" in schema:
-        return " or ".join(_type(name, s) for s in schema["anyOf"])
+        return " or ".join(_type(s) for s in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(code(json.dumps(value)) for value in schema["enum"])
     if schema.get("type") == "array":
-        return f"list of {_type(name, schema['items'])}"
+        return f"list of {_type(schema['items'])}"
     if isinstance(inner := schema.get("additionalProperties"), dict):
-        return f"object: name to {_type(name, inner)}"
+        return f"object: name to {_type(inner)}"
     if "properties" in schema:
-        return "object: " + ", ".join(f"`{k}` {_type(name, v)}" for k, v in schema["properties"].items())
+        return "object: " + ", ".join(f"`{k}` {_type(v)}" for k, v in schema["properties"].items())
     return str(schema.get("type", "anything"))
 
 
@@ -427,9 +443,87 @@ def _signature(thing: Callable[..., Any]) -> str:
     return "(\n" + "".join(f"    {line},\n" for line in lines) + f") -> {shown.return_annotation}"
 
 
+def knowledge() -> str:
+    from knowledge_base.field import field
+    from knowledge_base.field.entries import RESOURCES
+    from knowledge_base.field.matrix import matrix
+    from knowledge_base.pictures import picture
+    from planner.reports.knowledge.matrix import as_markdown
+
+    known = field()
+    parts = [as_markdown(matrix()) + "\n", "## What saves a resource, and at what price\n"]
+    parts += [
+        part
+        for name in RESOURCES
+        for part in (f"### {name.capitalize()}\n", f"<div>{picture(f'resource:{name}')}</div>\n")
+    ]
+    parts += ["## Every technique\n"]
+    for topic in known.topics.values():
+        methods = [m for m in known.methods.values() if m.topic == topic.id]
+        if methods:
+            rows = [
+                (f'<a id="{m.id}"></a>{inline(m.name)}', code(m.id), inline(m.summary), known.status(m.id), inline(", ".join(m.sources[:2])))
+                for m in methods
+            ]  # fmt: skip
+            heads = ("technique", "id", "what it is", "status", "sources")
+            parts += [f"### {' / '.join(known.path(topic.id))}\n", inline(topic.note) + "\n", table(heads, rows)]
+    return page("Techniques of the field", "`knowledge_base/data/field/`", *parts)
+
+
+def survey() -> str:
+    from knowledge_base.field import field
+
+    known = field()
+    metrics = [
+        (inline(m.name), m.section, m.unit, m.better, m.resource, inline(m.how), codes(m.leanplan) or inline(m.not_yet))
+        for m in known.survey_metrics.values()
+    ]
+    benchmarks = [
+        (inline(b.name), inline(b.what), inline(b.leanplan), inline(", ".join(b.sources)))
+        for b in known.benchmarks.values()
+    ]
+    attention = [
+        (inline(a.name), code(f"O({a.time})"), code(f"O({a.memory})"), inline(a.symbols), inline(a.source))
+        for a in known.attention.values()
+    ]
+    challenges = [
+        part
+        for c in known.challenges.values()
+        for part in (f"### {c.name}\n", inline(c.question) + "\n", facts({"what Leanplan does": inline(c.answer), "where": codes(c.files), "what is left": inline(c.left)}))
+    ]  # fmt: skip
+    return page(
+        "Metrics, benchmarks and challenges of the survey", "`knowledge_base/data/field/`",
+        "## Metrics (section 9.1)\n",
+        table(("metric", "section", "unit", "better", "resource", "how it is measured", "in Leanplan"), metrics),
+        "## Attention (Table 1)\n", table(("variant", "time", "memory", "symbols", "source"), attention),
+        "## Benchmarks (section 9.2)\n", table(("benchmark", "what it does", "beside Leanplan", "sources"), benchmarks),
+        "## Open challenges (section 10)\n", *challenges,
+    )  # fmt: skip
+
+
+def papers() -> str:
+    from knowledge_base.field import field
+
+    rows = [
+        (
+            str(p.year or ""),
+            inline(p.title),
+            inline(p.venue),
+            inline(" ".join(p.links[:2])),
+            codes(p.about) or inline(p.not_yet),
+        )
+        for p in sorted(field().papers.values(), key=lambda p: (-(p.year or 0), p.title.casefold()))
+    ]
+    return page(
+        "Papers of the surveys", "`knowledge_base/data/field/papers.csv`",
+        "Every title of the four surveys Leanplan was made from, once, with what it is about.\n",
+        table(("year", "title", "venue", "links", "about"), rows),
+    )  # fmt: skip
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands": commands, "spec": spec, "exit-codes": exit_codes, "metrics": metrics, "techniques": techniques,
     "composition": composition, "engines": engines, "cost-terms": cost_terms, "protocols": protocols,
-    "solvers": solvers, "catalogue": catalogue,
+    "solvers": solvers, "catalogue": catalogue, "knowledge": knowledge, "survey": survey, "papers": papers,
     "environment": environment, "files": files, "python": python,
 }  # fmt: skip

@@ -17,7 +17,7 @@ TECHNIQUE = Technique(
     summary="8-bit weights and activations, multiplied in integers",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / post-training, weights and activations",
+    implements=("dynamic_quantisation",),
     saves=(*_weights.SAVES, "ttft_s"),
     spends=tuple(name for name in _weights.SPENDS if name != "ttft_s"),
     needs=frozenset({"dynamic:int8"}),
@@ -50,8 +50,7 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 
 def rewrite(demand: Demand) -> Demand:
     """Return the demand with 8-bit weights and int8 arithmetic; activations are rounded before each matrix."""
-    # Below 1B outliers among activations are rarer, so the loss does not grow as weight rounding's does: wide spread.
-    demand = loss_after(demand, 0.006, 0.006)  # EVIDENCE rows 1 to 4: 0.017, 0.007, 0.019, 0.002 (at 1.3B)
+    demand = loss_after(demand, "dynamic_quantisation", bits=8, activation_bits=8)
     bits = _weights.int8_bits(demand.model, scale_bits=32)
     return _weights.packed(
         demand, bits=bits, weight_format="int8_dynamic", kernels=_weights.ROUNDING_KERNELS, compute_dtype="int8"

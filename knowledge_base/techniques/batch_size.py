@@ -11,7 +11,7 @@ TECHNIQUE = Technique(
     summary="static batching: `count` requests decoded together",
     stage="serve",
     family="batch",
-    taxonomy="serving / scheduling / batching",
+    implements=("static_batching",),
     # No 1: a plan without this step decodes one request at a time.
     knobs={"count": Choice(options=(2, 4, 8, 16, 32), default=4)},
     saves=("throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),

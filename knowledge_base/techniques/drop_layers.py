@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from knowledge_base.techniques._removal import loss_after_removal
+from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
     summary="remove the decoder layers the model misses least",
     stage="compress",
     family="depth",
-    taxonomy="model compression / pruning / structured / depth",
+    implements=("layer_drop",),
     knobs={"count": Choice(options=(1, 2, 3), default=1)},
     saves=(
         "weights_bytes", "kv_cache_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "ttft_s",
@@ -72,8 +72,7 @@ def rewrite(demand: Demand, *, count: int) -> Demand:
         params_total=round(model.params_total - removed),
         params_active=round(model.params_active - active),
     )
-    log_ratio = 6.5 * (1 - share) ** 1.5  # through EVIDENCE rows 1 to 6
-    demand = loss_after_removal(demand, log_ratio, 0.8 * log_ratio)
+    demand = loss_after(demand, "sleb", sparsity=1 - share)
     return replace(
         demand,
         model=shallower,

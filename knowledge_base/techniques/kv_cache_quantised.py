@@ -15,7 +15,7 @@ TECHNIQUE = Technique(
     summary="8- or 4-bit KV cache, quantised for each token and head",
     stage="serve",
     family="kv_cache",
-    taxonomy="model compression / quantisation / KV cache",
+    implements=("kv_cache_quant",),
     knobs={"bits": Choice(options=(8, 4), default=8)},
     saves=("kv_cache_bytes", "peak_memory_bytes"),
     spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "ttft_s", "tpot_s", "latency_s",

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from knowledge_base.techniques._removal import loss_after_removal
+from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
     summary="factorise matrices by activation-aware SVD",
     stage="compress",
     family="rank",
-    taxonomy="model compression / low-rank factorisation",
+    implements=("svd_llm",),
     knobs={"keep": Choice(options=(0.6, 0.8), default=0.8)},
     saves=("weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "ttft_s"),
     # Two kernels in place of one: decoding gains only where matrices are large against the cost of a launch.
@@ -109,8 +109,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     model = demand.model
     share = kept_share(model, keep)
     factorised = sum(1 for shape in matrices(model) if rank_for(*shape, keep))
-    log_ratio = 3.2 * (1 - share) ** 1.4  # through EVIDENCE rows 2 and 3
-    demand = loss_after_removal(demand, log_ratio, 0.8 * log_ratio)
+    demand = loss_after(demand, "svd_llm", compression=1 - share)
     inputs = sum(in_features**2 for _, in_features in matrices(model))
     return replace(
         demand,

@@ -10,7 +10,7 @@ TECHNIQUE = Technique(
     summary="prompt-lookup decoding: drafts copied from the text so far, checked by the model itself",
     stage="serve",
     family="decoding",
-    taxonomy="dynamic acceleration / speculative decoding / retrieval drafts",
+    implements=("prompt_lookup",),
     knobs={"tokens": Choice(options=(4, 8), default=4)},
     saves=("tpot_s", "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token",
            "cost_usd_per_token"),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from knowledge_base.techniques._removal import loss_after_removal
+from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
     summary="zero the least important weights (Wanda); saves nothing on dense kernels",
     stage="compress",
     family="sparsity",
-    taxonomy="model compression / pruning / unstructured",
+    implements=("wanda",),
     knobs={"sparsity": Choice(options=(0.3, 0.5), default=0.5)},
     saves=(),
     spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s"),
@@ -39,9 +39,6 @@ EVIDENCE = tuple(
     )
 )
 
-# ln(perplexity ratio). 0.5: EVIDENCE rows 1 and 5. 0.3: no traced figure, so a third of it, spread wide.
-_LOG_RATIO = {0.3: 0.08, 0.5: 0.236}
-
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot be done to that model, or None."""
@@ -52,7 +49,7 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 
 def rewrite(demand: Demand, *, sparsity: float) -> Demand:
     """Return the demand: bytes and arithmetic unchanged, quality worse."""
-    demand = loss_after_removal(demand, _LOG_RATIO[sparsity], 0.8 * _LOG_RATIO[sparsity])
+    demand = loss_after(demand, "wanda", sparsity=sparsity)
     return replace(
         demand,
         build_flop=demand.build_flop + 4 * demand.linear_params * 16_384,  # two passes over about 16k tokens

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from knowledge_base.techniques._removal import loss_after_removal
+from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
     summary="remove feed-forward channels: a smaller dense model",
     stage="compress",
     family="width",
-    taxonomy="model compression / pruning / structured",
+    implements=("channel_pruning",),
     knobs={"keep": Choice(options=(0.5, 0.67, 0.75, 0.875), default=0.75)},
     saves=(
         "weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "ttft_s", "tpot_s",
@@ -84,13 +84,12 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     removed = per_expert * max(model.experts, 1)
     removed_active = per_expert * max(model.experts_active, 1)
     share = 1 - removed / demand.linear_params
-    log_ratio = 2.7 * (1 - share) ** 1.8  # between EVIDENCE rows 1 to 3 and 4 to 7, by share of the layers' parameters
     activations = (3 * kept + 4 * model.hidden_size) / (3 * model.ffn_size + 4 * model.hidden_size)
     smaller = replace(
         model, ffn_size=kept, linear_params=round(model.linear_params - removed),
         params_total=round(model.params_total - removed), params_active=round(model.params_active - removed_active),
     )  # fmt: skip
-    demand = loss_after_removal(demand, log_ratio, 0.8 * log_ratio)
+    demand = loss_after(demand, "slicegpt", sparsity=1 - share)
     return replace(
         demand,
         model=smaller,

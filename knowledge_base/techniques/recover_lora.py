@@ -25,7 +25,7 @@ TECHNIQUE = Technique(
     summary="win back quality by distilling from the unchanged model with LoRA, merged into the weights",
     stage="recover",
     family="recovery",
-    taxonomy="model compression / knowledge distillation / white-box, parameter-efficient",
+    implements=("recover_lora",),
     knobs={"steps": Choice(options=(20, 60, 200), default=60)},
     saves=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats"),
     spends=("build_s",),

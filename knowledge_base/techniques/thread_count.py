@@ -15,7 +15,7 @@ TECHNIQUE = Technique(
     summary="fewer CPU threads than cores",
     stage="serve",
     family="threads",
-    taxonomy="serving / resource allocation / threads",
+    implements=("thread_count",),
     knobs={"count": Choice(options=(1, 2, 4, 8, 16, 32, 64), default=1)},
     spends=("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token",
             "cost_usd_per_token"),

@@ -10,7 +10,7 @@ TECHNIQUE = Technique(
     summary="torch.compile of the decode step with a static KV cache",
     stage="serve",
     family="compile",
-    taxonomy="dynamic acceleration / compiler / kernel fusion",
+    implements=("torch_compile",),
     saves=("tpot_s", "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token",
            "cost_usd_per_token"),
     spends=("peak_memory_bytes",),

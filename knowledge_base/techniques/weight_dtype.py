@@ -13,7 +13,7 @@ TECHNIQUE = Technique(
     summary="16-bit floating-point weights, activations and KV cache",
     stage="prepare",
     family="dtype",
-    taxonomy="model compression / quantisation / half precision",
+    implements=("weight_dtype",),
     knobs={"dtype": Choice(options=("bfloat16", "float16"), default="bfloat16")},
     saves=("weights_bytes", "kv_cache_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "tpot_s",
            "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),

@@ -8,6 +8,7 @@ type's blocks takes the next wider type that fits, as llama.cpp's own converter 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ TECHNIQUE = Technique(
     summary="llama.cpp block formats: 3 to 8 bits, multiplied without unpacking to memory",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / weight-only",
+    implements=("gguf",),
     knobs={"type": Choice(options=("q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16"), default="q4_k")},
     saves=("weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "tpot_s", "latency_s",
            "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),
@@ -68,11 +69,9 @@ BITS = {
 BLOCK = {"q8_0": 32, "q5_1": 32, "q5_0": 32, "q4_0": 32, "q6_k": 256, "q5_k": 256, "q4_k": 256, "q3_k": 256}
 _WIDER = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0"}
 
-# ln(perplexity ratio) of a 7B model and its standard deviation: between the Llama-2 and Llama-3 rows of EVIDENCE.
-_LOSS = {
-    "f16": (0.0, 3e-4), "q8_0": (4e-4, 4e-4), "q6_k": (3e-3, 1.5e-3), "q5_k": (0.012, 6e-3), "q4_k": (0.03, 0.012),
-    "q4_0": (0.055, 0.02), "q3_k": (0.17, 0.07),
-}  # fmt: skip
+# The published mix nearest to one type in every matrix, where llama.cpp offers mixes only.
+_PUBLISHED = {"q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s"}
+_F16_LOG_SD = 3e-4  # of log perplexity: rounding to 11 significant bits, as in weight_dtype
 # Multiply-adds a core could do while it quantises one weight: measured ns for each weight x 98 GFLOP/s (EPYC).
 _BUILD_FLOP = {"f16": 350, "q8_0": 330, "q6_k": 3_100, "q5_k": 6_400, "q4_k": 7_800, "q4_0": 250, "q3_k": 1_500}
 
@@ -137,7 +136,10 @@ def rewrite(demand: Demand, *, type: str) -> Demand:
     old_bits = 8 * demand.linear_bytes / demand.linear_params
     bits = bits_per_weight(model, type)
     tables = BITS[stored_type(table_type(type), model.hidden_size)] / old_bits
-    demand = loss_after(demand, *_LOSS[type])
+    if type == "f16":
+        demand = replace(demand, perplexity_log_sd=math.hypot(demand.perplexity_log_sd, _F16_LOG_SD))
+    else:
+        demand = loss_after(demand, "gguf", type=_PUBLISHED.get(type, type))
     read = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes
     return replace(
         demand,

@@ -21,7 +21,7 @@ TECHNIQUE = Technique(
     summary="4-bit weights in groups, rounding errors compensated on calibration text (GPTQ)",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / post-training, weight-only",
+    implements=("gptq",),
     knobs={"group_size": Choice(options=(32, 64, 128), default=32)},
     saves=_weights.SAVES,
     spends=_weights.SPENDS,
@@ -50,8 +50,6 @@ EVIDENCE = (
              baseline=5.68, value=5.85, source="https://github.com/qwopqwop200/GPTQ-for-LLaMa"),
 )  # fmt: skip
 
-# ln(perplexity ratio) of a 7B model: between EVIDENCE rows 5 and 7 at 128; below that the ratio that weight_int4 has.
-_LOG_RATIO_7B = {32: 0.023, 64: 0.028, 128: 0.034}
 _BLOCK = 128  # columns updated together before the rest of the matrix
 _DAMPING = (0.01, 0.1, 1.0)  # shares of the Hessian's mean diagonal, tried in turn
 
@@ -72,7 +70,7 @@ def rewrite(demand: Demand, *, group_size: int) -> Demand:
     """Return the demand with 4-bit weights in the layers; a cast of the activations on either side of each matrix."""
     from dataclasses import replace
 
-    demand = loss_after(demand, _LOG_RATIO_7B[group_size], 0.6 * _LOG_RATIO_7B[group_size])
+    demand = loss_after(demand, "gptq", bits=4, group_size=group_size)
     demand = _weights.packed(
         demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS
     )

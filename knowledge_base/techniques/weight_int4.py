@@ -13,7 +13,7 @@ TECHNIQUE = Technique(
     summary="4-bit weights in groups, rounded to nearest",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / post-training, weight-only",
+    implements=("rtn",),
     knobs={"group_size": Choice(options=(32, 64, 128), default=32)},
     saves=_weights.SAVES,
     spends=_weights.SPENDS,
@@ -39,9 +39,6 @@ EVIDENCE = (
              baseline=27.65, value=37.28, source="https://arxiv.org/abs/2210.17323"),
 )  # fmt: skip
 
-# ln(perplexity ratio) of a 7B model: EVIDENCE row 1 at 128, row 4 at 32; 64 lies between. Row 5 tells the spread.
-_LOG_RATIO_7B = {32: 0.031, 64: 0.038, 128: 0.046}
-
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot be done to that model, or None."""
@@ -55,7 +52,7 @@ def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> 
 
 def rewrite(demand: Demand, *, group_size: int) -> Demand:
     """Return the demand with 4-bit weights in the layers; a cast of the activations on either side of each matrix."""
-    demand = loss_after(demand, _LOG_RATIO_7B[group_size], 0.6 * _LOG_RATIO_7B[group_size])
+    demand = loss_after(demand, "rtn", bits=4, group_size=group_size)
     return _weights.packed(
         demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS
     )

@@ -13,7 +13,7 @@ TECHNIQUE = Technique(
     summary="8-bit weights, one scale for each output channel",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / post-training, weight-only",
+    implements=("rtn",),
     saves=_weights.SAVES,
     spends=_weights.SPENDS,
     needs=frozenset({"packed:int8"}),
@@ -41,7 +41,7 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 
 def rewrite(demand: Demand) -> Demand:
     """Return the demand with 8-bit weights in the layers; a cast of the activations on either side of each matrix."""
-    demand = loss_after(demand, 0.001, 0.001)  # between EVIDENCE rows 1 and 2
+    demand = loss_after(demand, "rtn", bits=8)
     return _weights.packed(
         demand, bits=_weights.int8_bits(demand.model), weight_format="int8", kernels=_weights.CAST_KERNELS
     )

@@ -18,7 +18,7 @@ TECHNIQUE = Technique(
     summary="4, 8 or unchanged bits for each matrix, allocated from measured sensitivities",
     stage="quantise",
     family="weights",
-    taxonomy="model compression / quantisation / mixed precision",
+    implements=("mixed_bits",),
     knobs={"average_bits": Choice(options=(5.0, 6.0), default=5.0)},
     saves=_weights.SAVES,
     spends=_weights.SPENDS,
@@ -41,10 +41,6 @@ EVIDENCE = (
              baseline=6.233160, value=6.288607, source=_LLAMA_CPP),
 )  # fmt: skip
 
-# ln(perplexity ratio) of a 7B model: round to nearest at 64 (weight_int4) less the share of it that the most sensitive
-# matrices carry. EVIDENCE rows 2 and 3: 0.2 bits more, well placed, took a third of the loss away.
-_LOG_RATIO_7B = {5.0: 0.025, 6.0: 0.015}
-
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot be done to that model, or None."""
@@ -62,7 +58,8 @@ def rewrite(demand: Demand, *, average_bits: float) -> Demand:
     Most matrices are at 4 bits, so it is read at the pace of int4. Measuring the sensitivities is not in it: it is
     done once for a model, not for a plan.
     """
-    demand = loss_after(demand, _LOG_RATIO_7B[average_bits], 0.6 * _LOG_RATIO_7B[average_bits])
+    # As if every matrix had the average, less the 0.5 bits of scales: bits placed where they matter lose no more.
+    demand = loss_after(demand, "rtn", bits=average_bits - 0.5, group_size=GROUP_SIZE)
     return _weights.packed(demand, bits=average_bits, weight_format="int4", kernels=_weights.CAST_KERNELS)
 
 

@@ -1,19 +1,39 @@
-"""`leanplan explain PLAN`: why a plan is where it is, or why something else is not."""
+"""`leanplan explain`: why a plan is where it is, why something else is not, or all that is known of a technique."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Any, TypedDict
 
-HELP = "why a plan was chosen or not: what each step bought and cost, which budget bound"
+HELP = (
+    "why a plan was chosen or not: what each step bought and cost, which budget bound; or what is known of a technique"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "plan", nargs="?", default="recommended", help="start of a plan id, `recommended` (default) or `baseline`"
-    )
+        "plan", nargs="?", default="recommended",
+        help="start of a plan id, `recommended` (default), `baseline`, or a technique: leanplan ls techniques",
+    )  # fmt: skip
     parser.add_argument("--run", help="run folder or name (default: the newest that has the plan)")
     parser.add_argument("--why-not", metavar="TECHNIQUE|PLAN", help="why this one is not the recommended plan")
     parser.add_argument("--budget", metavar="METRIC", help="how every measured plan stands to one budget")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="json is the same as --json")
+
+
+class WhyNot(TypedDict):
+    """Why a technique or plan is not the recommended plan."""
+
+    why_not: str
+    reasons: list[str]
+
+
+def output() -> Any:
+    from knowledge_base.field.card import Card
+    from planner.results import PlanResult, Verdict
+
+    return PlanResult | WhyNot | list[Verdict] | Card
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,6 +42,14 @@ def run(options: argparse.Namespace) -> int:
     from planner.finding import find_plan, find_run, runs_root
 
     root = runs_root(options)
+    options.json = options.json or options.format == "json"
+    if _is_technique(options.plan):
+        from knowledge_base.field.card import card
+        from planner.reports.knowledge import card as shown
+
+        found = card(options.plan)
+        emit(options, found, shown.as_text(found))
+        return 0
     if options.budget:
         answer = find_run(options.run, root)
         metric, _ = find_metric(options.budget)
@@ -32,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.why_not:
         answer = find_run(options.run, root)
         lines = why_not(answer, options.why_not)
-        emit(options, {"why_not": options.why_not, "reasons": lines}, "\n".join(lines))
+        emit(options, WhyNot(why_not=options.why_not, reasons=lines), "\n".join(lines))
         return 0
     answer, result = find_plan(options.plan, root, options.run)
     role = (
@@ -50,6 +78,13 @@ def run(options: argparse.Namespace) -> int:
         lines.append(f"failed in {failure.stage}: {failure.kind}: {failure.message}")
     emit(options, result, "\n".join(lines))
     return 0
+
+
+def _is_technique(text: str) -> bool:
+    """Whether a name is a technique's rather than a plan's: plan ids are hex digits."""
+    from knowledge_base.field import field
+
+    return text in field().methods or not re.fullmatch(r"[0-9a-f]+|recommended|baseline", text)
 
 
 def why_not(answer, text: str) -> list[str]:  # type: ignore[no-untyped-def]

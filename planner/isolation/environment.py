@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from knowledge_base.field import overlay
+
 # An allow-list: tokens, keys, passwords, cloud and CI variables, LD_* and PYTHON* are never named here.
 PASSED_ON = (
     "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "USER", "LOGNAME",
@@ -23,7 +25,7 @@ FIXED = {
 
 
 def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a candidate: the allow-list, offline switches, and `home` as HOME and TMPDIR.
+    """Return the environment of a candidate: the allow-list, offline switches, folders of knowledge, `home` as HOME and TMPDIR.
 
     HOME is not the user's: a hub token lies in the user's.
     """
@@ -31,4 +33,4 @@ def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dic
     kept = {name: given[name] for name in PASSED_ON if name in given}
     # Candidates of one run share what torch.compile made, and nothing outlives the run.
     compiled = {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
-    return {**kept, **FIXED, **compiled, "HOME": str(home), "TMPDIR": str(home)}
+    return {**kept, **FIXED, **compiled, **overlay.environment(), "HOME": str(home), "TMPDIR": str(home)}

@@ -147,7 +147,7 @@ def check_files(spec: Spec, node: Node) -> list[str]:
 
     Raises:
         BadInput: the model folder has no config.json, the source is neither a folder nor a hub id, a text file is
-            missing, or the machine is not in the catalogue; with the place in the spec.
+            missing, or the machine is neither in the catalogue nor a saved profile; with the place in the spec.
     """
     remarks = [_check_model(spec, _at(node, "model", "source"))]
     for name, text in (("quality", spec.quality), ("calibration", spec.calibration)):
@@ -164,13 +164,13 @@ def check_files(spec: Spec, node: Node) -> list[str]:
             )
         remarks.append(f"{name} text: {text.data}")
     if spec.hardware != "local":
-        from cost_models.catalogue import find_machine
+        from planner.machine import find
 
         try:
-            find_machine(spec.hardware)
+            find(spec.hardware, Path())
         except BadInput as error:
             raise _at(node, "hardware").error(error.message, hint=error.hint) from error
-        remarks.append(f"hardware: {spec.hardware}, from the catalogue: plans are predicted, not measured")
+        remarks.append(f"hardware: {spec.hardware}, not this machine: plans are predicted, not measured")
     return remarks
 
 

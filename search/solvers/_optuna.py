@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from knowledge_base import rules
 from knowledge_base.metrics import METRICS
 from knowledge_base.types import Plan, Step
 from search.effort import Effort
@@ -74,7 +73,7 @@ def _suggest(trial: Any, space: Space, alphabet: dict[str, dict[str, Step | None
     for family, labels in alphabet.items():
         step = labels[trial.suggest_categorical(family, list(labels))]
         allowed = space.options[engine].get(family, ())
-        if step is not None and step in allowed and not rules.conflict((*steps, step)):
+        if step is not None and step in allowed and space.fits(engine, (*steps, step)):
             steps = (*steps, step)
     while (plan := space.plan(engine, steps)) is None:
         steps = steps[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import socket
 from collections.abc import Iterator
@@ -86,6 +87,18 @@ def test_every_link_outside_is_well_formed(site: dict[Path, Page]) -> None:
             assert not re.search(r"[\s<>\"`|\\]|[.,;:]$", link), f"{path}: {link}"
             assert link.count("(") == link.count(")"), f"{path}: {link}"
     assert seen > 50
+
+
+def test_the_marks_explained_are_the_marks_shown() -> None:
+    from planner.reports._table import KINDS
+    from planner.reports.html import PARTS
+    from planner.reports.terminal import in_ascii
+
+    text = (ROOT / "docs/concepts/report.md").read_text(encoding="utf-8")
+    rows = [f"| {k.mark} | `{in_ascii(k.mark)}` | {k.words} |" for k in KINDS.values()]
+    assert "\n".join(rows) in text
+    titles = re.findall(r"^\d+\. \*\*(.+?)\*\*", text, re.MULTILINE)
+    assert titles == [importlib.import_module(f"planner.reports.html.{name}").TITLE for name in PARTS]
 
 
 def test_nothing_is_loaded_from_elsewhere(site: dict[Path, Page]) -> None:

@@ -74,12 +74,71 @@ def test_long_prompts_cost_arithmetic_and_long_answers_bandwidth(tmp_path: Path)
     answer = ("--prompt-tokens", "16", "--output-tokens", "256")
     on_gpu = (str(BIG), "--on", "h100-sxm")
     assert saved("arithmetic", *on_gpu, *prompt) > saved("arithmetic", *on_gpu, *answer)
-    assert saved("memory bandwidth", str(TINY), *answer) > saved("memory bandwidth", str(TINY), *prompt)
+    assert saved("memory bandwidth and engine overhead", *on_gpu, *answer) > 0.3, "neither alone saves anything here"
+
+
+def shape(folder: Path) -> tuple[str, ...]:
+    """Return the flags that name a Llama-3-8B shape, from its config.json alone, on a catalogued GPU."""
+    sizes = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    return ("--model", str(folder / "config.json"), "--hardware", "RTX 4090")
+
+
+def test_a_budget_that_is_broken_is_what_binds_and_what_relieves_it_is_ranked(tmp_path: Path) -> None:
+    found = as_json(*shape(tmp_path), "--budget", "peak_memory<=9 GiB", "--budget", "tpot <= 40 ms", cwd=tmp_path)
+    assert found["binding"] == "memory"
+    assert found["target"] == "peak_memory_bytes"
+    worst = found["excesses"][0]
+    assert worst["times"] == pytest.approx(found["needed_bytes"] / (9 * 2**30), rel=1e-6)
+    assert [e["times"] for e in found["excesses"]] == sorted((e["times"] for e in found["excesses"]), reverse=True)
+    remedies = found["remedies"]
+    assert remedies
+    fits = [not remedy["unmet"] for remedy in remedies]
+    assert fits == sorted(fits, reverse=True), "plans within every limit come first"
+    for remedy in remedies:
+        assert len(remedy["plan"]["steps"]) <= 3
+        assert remedy["effects"]["peak_memory_bytes"] <= -0.03
+        assert [c["technique"] for c in remedy["evidence"]] == [s["technique"] for s in remedy["plan"]["steps"]]
+        if not remedy["unmet"]:
+            assert remedy["value"] <= 9 * 2**30
+    assert any(c["figures"] > 0 and c["example"] and c["source"] for r in remedies for c in r["evidence"])
+
+
+def test_methods_nobody_executes_here_are_told_with_what_was_published(tmp_path: Path) -> None:
+    found = as_json(*shape(tmp_path), "--budget", "peak_memory<=9 GiB", cwd=tmp_path)
+    assert found["known"]
+    for method in found["known"]:
+        assert method["summary"]
+        assert method["strength"] in ("direct", "indirect")
+        if method["published"]:
+            assert method["published"]["factor"] < 1, "a method whose figures do not save is not offered"
+    assert "cannot execute yet" in advise(*shape(tmp_path), "--budget", "peak_memory<=9 GiB", cwd=tmp_path).stdout
+
+
+def test_where_nothing_fits_the_tightest_limits_are_told(tmp_path: Path) -> None:
+    found = as_json(*shape(tmp_path), "--budget", "peak_memory<=3 GiB", cwd=tmp_path)
+    assert found["best"] == {}
+    assert "peak_memory" in found["tightest"]
+    assert all(remedy["unmet"] for remedy in found["remedies"])
+    told = advise(*shape(tmp_path), "--budget", "peak_memory<=3 GiB", cwd=tmp_path).stdout
+    assert f"peak_memory could be {found['tightest']['peak_memory']} at best" in told
+    kept = as_json(*shape(tmp_path), "--budget", f"peak_memory<={found['tightest']['peak_memory']}", cwd=tmp_path)
+    assert kept["best"], "the limit that was offered can be kept"
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "told"),
     [
+        ((), 2, "name one model"),
+        ((str(TINY), "--model", str(BIG)), 2, "name one model"),
+        ((str(TINY), "--budget", "peak_memory=8 GiB"), 2, "is not a budget"),
+        ((str(TINY), "--budget", "peak_memory<=8"), 2, "peak_memory"),
+        ((str(TINY), "--budget", "peek_memory<=8 GiB"), 2, "did you mean"),
+        ((str(TINY), "--budget", "tpot<=1 s", "--budget", "tpot<=2 s"), 2, "two budgets on tpot"),
         (("nowhere",), 4, "hub"),
         ((str(TINY), "--on", "h100-sx"), 2, "did you mean"),
         ((str(TINY), "--prompt-tokens", "0"), 2, "prompt_tokens"),
@@ -108,3 +167,10 @@ def test_it_loads_no_heavy_library(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
     assert "What binds" in (tmp_path / "advice.txt").read_text(encoding="utf-8")
+
+
+def test_another_attention_is_told_where_the_prompt_is_long_enough_for_it_to_save(tmp_path: Path) -> None:
+    long = as_json(*shape(tmp_path), "--prompt-tokens", "8000", cwd=tmp_path)["attention"]
+    assert {"attention_free", "recurrent_architecture"} <= {other["id"] for other in long}
+    assert all(0 < other["prefill_flop_ratio"] <= 0.97 for other in long)
+    assert as_json(*shape(tmp_path), "--prompt-tokens", "200", cwd=tmp_path)["attention"] == []

@@ -7,6 +7,7 @@ import pytest
 from cost_models.catalogue import electricity_price, find_machine, grid_carbon, names
 from cost_models.efficiency import efficiency, overhead, rate, read_rows
 from knowledge_base.errors import BadInput, EnvironmentProblem
+from knowledge_base.rules import facts
 
 DEVICES = read_rows("devices.csv")
 
@@ -95,3 +96,12 @@ def test_regions() -> None:
     assert electricity_price("europe")[0] > electricity_price("world")[0]
     with pytest.raises(BadInput, match="no row for region `atlantis`"):
         grid_carbon("atlantis")
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"), [("rtx-4090", "sm_89"), ("RTX 5090", "sm_120"), ("v100-sxm2-32gb", "sm_70")]
+)
+def test_a_gpu_of_nvidia_says_what_it_can_compute(name: str, feature: str) -> None:
+    device = find_machine(name).device
+    assert feature in device.features
+    assert facts(hardware=find_machine(name))["hardware.compute_capability"] == int(feature[3:]) / 10

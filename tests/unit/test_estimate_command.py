@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from planner.cli import main
+from planner.estimating.sweeping import read_sweep
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -79,3 +83,244 @@ def test_refusals(capsys: pytest.CaptureFixture[str], config: str, argv: list[st
     assert found == code
     assert words in talk and "hint: " in talk
     assert not out
+
+
+# ---------------------------------------------------------------- where it goes
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+INT4 = ("--on", "rtx-4090", "--step", "weight_int4")
+
+
+def data(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    code, out, talk = run(capsys, *argv, "--json")
+    assert code == 0, talk
+    return json.loads(out)
+
+
+def test_the_waterfall_names_groups_and_what_binds_them(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    fall = data(capsys, config, *INT4, "--prompt-tokens", "4096")["waterfall"]
+    assert [part["name"] for part in fall["prefill"]] == [
+        "attention projections", "feed-forward", "output head", "attention scores", "engine overhead"
+    ]  # fmt: skip
+    assert {part["name"]: part["bound"] for part in fall["decode"]} == {
+        "attention projections": "read-bound", "feed-forward": "read-bound", "output head": "read-bound",
+        "KV cache": "read-bound", "engine overhead": "host-bound",
+    }  # fmt: skip
+    assert fall["prefill"][1]["bound"] == "arithmetic-bound"
+    layers = {part["name"]: part["memory_bytes"] for part in fall["memory"]}
+    # Llama 3 8B: 41.9 M parameters of attention and 176.2 M of feed-forward in each of 32 layers
+    assert layers["attention projections"] / layers["feed-forward"] == pytest.approx(41.943 / 176.161, rel=1e-3)
+
+
+def test_bars_are_drawn_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = run(capsys, config, *INT4)
+    lines = out.splitlines()
+    assert "prefill, to the first token: " in out and "memory at its peak: " in out
+    first = next(line for line in lines if line.startswith("  attention projections"))
+    second = lines[lines.index(first) + 1]
+    assert first.rindex("█") + 1 == second.index("█")
+    monkeypatch.setenv("LC_ALL", "C")
+    _, plain, _ = run(capsys, config, *INT4)
+    assert plain.isascii() and "####" in plain
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def test_two_plans_side_by_side(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, *INT4, "--compare", "llama_cpp: weight_gguf:type=q8_0 + thread_count:count=2")
+    assert facts["a"]["words"].startswith("transformers: weight_int4")
+    assert facts["b"]["words"] == "llama_cpp: thread_count(count=2) + weight_gguf(type=q8_0)"
+    row = next(row for row in facts["rows"] if row["metric"] == "weights_bytes")
+    assert row["ratio"] == pytest.approx(row["b"]["mid"] / row["a"]["mid"])
+    assert 1 < row["ratio_low"] < row["ratio"] < row["ratio_high"] and row["verdict"] == "a is better"
+    alone = data(capsys, config, *INT4)
+    assert {row["metric"]: row["a"] for row in facts["rows"]} == alone["predicted"]["values"]
+
+
+def test_a_plan_beside_itself_is_equal(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, *INT4, "--compare", "weight_int4")
+    assert {row["verdict"] for row in facts["rows"]} == {"equal"}
+    assert {row["ratio"] for row in facts["rows"]} <= {None, 1.0}
+
+
+def test_two_machines_side_by_side(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, *INT4, "--compare-on", "l4")
+    assert (facts["a"]["hardware"], facts["b"]["hardware"]) == ("rtx-4090", "l4")
+    assert facts["a"]["plan"] == facts["b"]["plan"]
+    _, out, _ = run(capsys, config, *INT4, "--compare-on", "l4")
+    assert "a: transformers: weight_int4(group_size=32) on rtx-4090" in out
+    assert re.search(r"^tpot +[\d.]+ \[[\d.]+ – [\d.]+\] ms +.* +[\d.]+ \[[\d.]+ – [\d.]+\] ", out, re.MULTILINE)
+
+
+def test_times_of_what_does_not_fit_are_not_compared(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, "--on", "rtx-4060", "--step", "weight_int4", "--compare", "unchanged")
+    assert (facts["a"]["fits"], facts["b"]["fits"]) == (True, False)
+    metrics = {row["metric"] for row in facts["rows"]}
+    assert "peak_memory_bytes" in metrics and not metrics & {"tpot_s", "energy_j_per_token", "cost_usd_per_token"}
+    _, out, _ = run(capsys, config, "--on", "rtx-4060", "--step", "weight_int4", "--compare", "unchanged")
+    assert "b does not fit: peak memory" in out and "are not compared" in out
+
+
+def test_of_an_unknown_power_only_energy_is_missing(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, *INT4, "--compare-on", "gh200-sxm")
+    assert "energy_j_per_token" in facts["not_predicted"]
+    assert {"tpot_s", "energy_j_per_token"} & {row["metric"] for row in facts["rows"]} == {"tpot_s"}
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("batch=1..64", [1, 2, 4, 8, 16, 32, 64]),
+        ("batch=1..48", [1, 2, 4, 8, 16, 32, 48]),
+        ("context = 100 .. 300", [100, 200, 300]),
+        ("output=3,5,9", [3, 5, 9]),
+        ("output=7", [7]),
+    ],
+)
+def test_a_sweep_doubles_or_is_as_written(text: str, numbers: list[int]) -> None:
+    assert read_sweep(text) == (text.partition("=")[0].strip(), numbers)
+
+
+def test_a_sweep_marks_where_memory_ends(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    flags = (config, "--on", "rtx-4060", "--step", "weight_int4", "--sweep", "batch=1..64", "--prompt-tokens", "1024")
+    facts = data(capsys, *flags)
+    fits = [point["fits"] for point in facts["points"]]
+    assert fits == sorted(fits, reverse=True) and len(set(fits)) == 2
+    assert [point["at"] for point in facts["points"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert [point["workload"]["concurrency"] for point in facts["points"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(("tpot_s" in point["values"]) == point["fits"] for point in facts["points"])
+    _, out, _ = run(capsys, *flags)
+    assert f"fits in 8 GiB up to batch {facts['largest_that_fits']}" in out
+    assert "64     –     –     –        –" in out and "does not fit" in out
+    assert "other batches are priced only" in out and "⠤" in out
+
+
+def test_a_point_of_a_sweep_is_the_estimate_of_that_plan(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    swept = data(capsys, config, *INT4, "--sweep", "context=1024,4096")["points"][1]
+    alone = data(capsys, config, *INT4, "--prompt-tokens", str(4096 - 64))
+    assert swept["values"] == alone["predicted"]["values"] and swept["plan"] == alone["plan"]
+    batch = data(capsys, config, *INT4, "--sweep", "batch=4")["points"][0]
+    step = data(capsys, config, *INT4, "--step", "batch_size:count=4", "--concurrency", "4")
+    assert batch["values"] == step["predicted"]["values"] and batch["plan"] == step["plan"]
+
+
+def test_a_sweep_that_changes_nothing_says_so(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    values = [p["values"] for p in data(capsys, config, *INT4, "--sweep", "concurrency=1..4")["points"]]
+    _, out, _ = run(capsys, config, *INT4, "--sweep", "concurrency=1..4")
+    assert ("nothing changes with concurrency" in out) == (values[0] == values[-1])
+    _, out, _ = run(capsys, config, *INT4, "--sweep", "context=128..512")
+    assert "nothing changes" not in out
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_the_roofline_holds_the_plans_operators(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, *INT4, "--roofline", "--prompt-tokens", "2048")
+    assert facts["memory_bytes_per_s"] == pytest.approx(1.008e12, rel=0.01)
+    points = {(o["phase"], o["name"]): o for o in facts["operators"]}
+    # 5 bits for each weight, two operations with it for each token
+    assert points["decode", "feed-forward"]["flop_per_byte"] == pytest.approx(2 / (5 / 8), rel=1e-3)
+    assert points["prefill", "feed-forward"]["flop_per_byte"] == pytest.approx(2048 * 2 / (5 / 8), rel=1e-3)
+    for o in facts["operators"]:
+        assert o["flop_per_s"] <= o["roof_flop_per_s"] * (1 + 1e-9)
+        assert o["roof_flop_per_s"] <= facts["peak_flop_per_s"]
+    shares = sum(o["share"] for o in facts["operators"] if o["phase"] == "decode")
+    assert shares + facts["off_the_roofline"]["decode"] == pytest.approx(1)
+    _, out, _ = run(capsys, config, *INT4, "--roofline")
+    assert "(decode)" in out and "⠤" in out
+
+
+@pytest.mark.parametrize("flags", [("--roofline",), ("--sweep", "batch=1..64"), ("--sweep", "output=8")], ids=" ".join)
+def test_pictures_are_whole_svgs_whatever_the_model_is_called(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    hostile = tmp_path / "<b onload='x'>&\u202e\x1b[31m"
+    hostile.mkdir()
+    (hostile / "config.json").write_text(json.dumps(CONFIG))
+    code, out, talk = run(capsys, str(hostile), "--on", "rtx-4060", "--step", "weight_int4", *flags, "--format", "svg")
+    assert code == 0, talk
+    root = ElementTree.fromstring(out)
+    assert root.tag == f"{SVG}svg" and {element.tag for element in root.iter()} <= {
+        f"{SVG}{tag}" for tag in ("svg", "title", "text", "line", "polyline", "polygon", "circle")
+    }
+    assert "<b onload" not in out and "\u202e" not in out and "\x1b" not in out
+    assert not re.search(r"#[0-9a-f]{3}|rgb|nan|inf\b", out)  # drawn in currentColor, with numbers
+    width, height = (float(n) for n in root.attrib["viewBox"].split()[2:])
+    assert width == 900
+    for text in root.iter(f"{SVG}text"):
+        assert 0 <= float(text.attrib["x"]) <= width and 0 <= float(text.attrib["y"]) <= height
+
+
+def test_text_pictures_are_ascii_where_the_terminal_is(
+    capsys: pytest.CaptureFixture[str], config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    for flags in (("--roofline",), ("--sweep", "batch=1..32"), ("--compare", "weight_int8")):
+        code, out, _ = run(capsys, config, *INT4, *flags)
+        assert code == 0 and out.isascii()
+        assert "?" not in out
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "words"),
+    [
+        (["--sweep", "width=1..4"], "--sweep", "cannot sweep 'width'"),
+        (["--sweep", "batch"], "--sweep", "does not say what to sweep"),
+        (["--sweep", ""], "--sweep", "does not say what to sweep"),
+        (["--sweep", "batch=0..4"], "--sweep", "'0' in 'batch=0..4' is not a whole number"),
+        (["--sweep", "batch=-2..4"], "--sweep", "'-2' in"),
+        (["--sweep", "batch=1..1e3"], "--sweep", "'1e3' in"),
+        (["--sweep", "batch=1..99999999999"], "--sweep", "is not a whole number from 1 to 1,000,000,000"),
+        (["--sweep", "batch=8..2"], "--sweep", "do not rise"),
+        (["--sweep", "batch=2..2"], "--sweep", "do not rise"),
+        (["--sweep", "output=" + ",".join(map(str, range(1, 70)))], "--sweep", "too many"),
+        (["--sweep", "context=1024..16384"], "--sweep context=16384", "more than the model's 8192"),
+        (["--sweep", "context=32..64"], "--sweep context=32", "no room for a prompt"),
+        (["--sweep", "output=1..16384"], "--sweep output=8192", "more than the model's 8192"),
+        (["--sweep", "batch=1..4", "--step", "batch_size", "--concurrency", "4"], "--sweep batch", "a batch already"),
+        (["--sweep", "concurrency=1,4", "--step", "batch_size", "--concurrency", "4"], "--sweep concurrency=1", "does not apply"),
+        (["--sweep", "batch=1..4", "--compare", "unchanged"], "--sweep", "show different things"),
+        (["--roofline", "--sweep", "batch=1..4"], "--roofline", "show different things"),
+        (["--format", "svg"], "--format svg", "only a sweep and a roofline"),
+        (["--compare", "weight_int8", "--format", "svg"], "--format svg", "only a sweep and a roofline"),
+        (["--compare", ""], "--compare", "unknown technique"),
+        (["--compare", "weight_int5"], "--compare weight_int5", "unknown technique `weight_int5`"),
+        (["--compare", "weight_int8:bits=3"], "--compare weight_int8:bits=3", "has no setting"),
+        (["--compare", "lama_cpp: weight_gguf"], "--compare lama_cpp: weight_gguf", "unknown engine"),
+        (["--compare", "weight_gguf"], "--compare", "needs an engine that offers gguf"),
+        (["--compare", "weight_int8 + weight_int4"], "--compare", "do not go together"),
+        (["--compare-on", "rtx-4091"], "hardware", "did you mean `rtx-4090`"),
+        (["--prompt-tokens", "-5"], "--prompt-tokens", "must be at least 1"),
+        (["--output-tokens", "0"], "--output-tokens", "must be at least 1"),
+        (["--concurrency", "0"], "--concurrency", "must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_sentence_with_its_flag_and_a_next_step(
+    capsys: pytest.CaptureFixture[str], config: str, flags: list[str], where: str, words: str
+) -> None:
+    code, out, _ = run(capsys, config, "--on", "rtx-4090", *flags, "--json")
+    error = json.loads(out)["error"]
+    assert code == error["exit_code"] == 2
+    assert error["where"].strip() == where
+    assert words in error["message"] and error["hint"] and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--sweep", "batch=1..4"), ("--roofline",), ("--compare-on", "rtx-4090")], ids=" ".join
+)
+def test_an_unknown_rate_is_said(capsys: pytest.CaptureFixture[str], config: str, flags: tuple[str, ...]) -> None:
+    code, out, talk = run(capsys, config, "--on", "t4", *flags)
+    assert code == 4 and not out
+    assert "`t4` has no known bfloat16 rate" in talk and "hint: known rates: " in talk
