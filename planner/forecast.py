@@ -21,6 +21,7 @@ from planner.results import PlanResult, Rejection
 if TYPE_CHECKING:
     import numpy as np
 
+    from planner.machine import Profile
     from planner.reading import ReadResult
     from planner.spec import Spec
     from search.problem import Priced, Problem
@@ -30,6 +31,7 @@ EXHAUSTIVE_PLANS = 3_000  # spaces up to this many combinations are priced whole
 ROUNDS = 3  # steps added to the best plans of larger ones, one for each round
 LOSSES = (0.0, 0.01, 0.02, 0.05, 0.1, float("inf"))  # a sample holds the best plans within each loss of quality
 QUICK_S = 0.12  # what measuring one rate of a machine may take when there is no profile of it
+PROCESS_S = 5.0  # that a candidate's process takes to import torch and end, on the two cores the demo ran on
 
 
 # ---------------------------------------------------------------- the machine, as far as it is known
@@ -55,7 +57,8 @@ def known_machine(name: str, store: Path) -> tuple[Hardware, str | None]:
     if gpus := names():
         raise EnvironmentProblem(
             f"{gpus[0]} was not measured yet, so nothing can be predicted for it",
-            hint="leanplan probe measures this machine in under 30 s", where="hardware",
+            hint="leanplan probe measures this machine in half a minute; so does `probe` on the wizard's third screen",
+            where="hardware",
         )  # fmt: skip
     return _quick_look(light, mark), "two rates of this machine were glanced at; leanplan probe measures them all"
 
@@ -115,9 +118,16 @@ class Outlook:
     hardware: Hardware
     space: Space
     refused: tuple[Rejection, ...]
-    notes: tuple[str, ...]
+    model_notes: tuple[str, ...]
+    machine_notes: tuple[str, ...]
+    weights_here: bool  # without weights a model can be priced, not run
     priced: Priced  # the sample, under the spec's budgets and objectives
     unchanged: Estimate
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth telling of the model and the machine."""
+        return (*self.model_notes, *self.machine_notes)
 
     @property
     def memory_bytes(self) -> int:
@@ -166,6 +176,32 @@ class Outlook:
             values = costs[left, column]
             left = left[values <= values.min() + TIE * abs(values.min())]
         return self.priced.plans[int(left[0])]
+
+    def effort(self) -> tuple[int, float]:
+        """Return how many plans a run is likely to measure here, and the seconds it takes; both are rough.
+
+        A candidate is built, started, sent requests and scored on held-out text. The candidates in mind are the
+        predicted front within the limits.
+        """
+        import numpy as np
+
+        from planner.data import WINDOWS
+        from planner.loop import FINALIST_SHARE
+        from planner.measuring import PROTOCOLS
+        from search.pareto import front
+
+        search, figures = self.spec.search, self.priced.figures
+        left = np.flatnonzero(self.within())
+        if not len(left):
+            left = np.arange(len(self.priced.plans))
+        left = left[front(self.priced.costs()[left])]
+        protocol, (windows, tokens) = PROTOCOLS[search.effort], WINDOWS[search.effort]
+        requests_s = np.clip(protocol.requests * figures["latency_s"].mid[left], protocol.least_s, protocol.most_s)
+        scoring_s = figures["ttft_s"].mid[left] * windows * tokens / self.spec.workload.prompt_tokens
+        each_s = float(np.mean(figures["build_s"].mid[left] + PROCESS_S + requests_s + scoring_s))
+        room = (1 - FINALIST_SHARE) * search.time_limit_s
+        count = max(1, min(search.max_measured, int(room / each_s)))
+        return count, min(search.time_limit_s, count * each_s / (1 - FINALIST_SHARE))
 
     def estimate(self, plan: Plan) -> Estimate:
         """Return one plan's predicted values, each with its reason."""
@@ -269,6 +305,14 @@ class Forecast:
             self._machines[name] = known_machine(name, self.store)
         return self._machines[name]
 
+    def probe(self, tell: Callable[[str], None]) -> Profile:
+        """Measure this machine, keep its profile, and price by it from now on."""
+        from planner import machine
+
+        found = machine.profile(self.store, tell=tell)
+        self._machines["local"] = found.hardware, None
+        return found
+
     def outlook(self, spec: Spec) -> Outlook:
         """Return what is predicted for a spec.
 
@@ -287,7 +331,8 @@ class Forecast:
         unchanged = cost_models.estimate(space.unchanged(), read.model, spec.workload, hardware)
         return Outlook(
             spec=spec, model=read.model, hardware=hardware, space=space, refused=refused,
-            notes=(*read.notes, *([note] if note else [])), priced=replace(sampled, problem=problem), unchanged=unchanged,
+            model_notes=tuple(read.notes), machine_notes=(note,) if note else (), weights_here=read.folder is not None,
+            priced=replace(sampled, problem=problem), unchanged=unchanged,
         )  # fmt: skip
 
     def _sample(self, spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...], Priced]:

@@ -10,6 +10,12 @@ from knowledge_base.types import Budget, Estimate, Figure, Measurement, Value
 from planner.results import Verdict
 from search.limits import limit_of
 
+WORDS = {  # (outcome, bound) -> what stands between figure and limit
+    ("met", "max"): "is at most", ("met", "min"): "is at least",
+    ("not met", "max"): "is more than", ("not met", "min"): "is less than",
+    ("inconclusive", "max"): "cannot be told from", ("inconclusive", "min"): "cannot be told from",
+}  # fmt: skip
+
 
 def judge(
     budgets: Sequence[Budget],
@@ -75,9 +81,8 @@ def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Ve
 def _of_ratio(budget: Budget, ratio: Figure) -> Verdict:
     """Judge a relative budget by a paired ratio: what the machine did meanwhile cancels in it."""
     verdict = _statistics().judge(ratio, budget.value, budget.bound)
-    words = {"met": "is within", "not met": "is beyond", "inconclusive": "cannot be told from"}[verdict]
-    end = "at most" if budget.bound == "max" else "at least"
-    text = f"{budget.label} {ratio.value:.3g}x baseline [{ratio.low:.3g}, {ratio.high:.3g}] {words} {end} {budget.value:.3g}x"
+    interval = f"[{ratio.low:.3g}, {ratio.high:.3g}]"
+    text = f"{budget.label} {ratio.value:.3g}x baseline {interval} {WORDS[verdict, budget.bound]} {budget.value:.3g}x"
     return Verdict(budget=budget, outcome=verdict, limit=budget.value, figure=ratio, sentence=text)
 
 
@@ -105,6 +110,6 @@ def _sentence(budget: Budget, verdict: str, value: float, low: float | None, hig
     def show(x: float | None) -> str:
         return "?" if x is None else units.format(x, METRICS[budget.metric].dimension)
 
-    words = {"met": "is within", "not met": "is beyond", "inconclusive": "cannot be told from"}[verdict]
-    end = "at most" if budget.bound == "max" else "at least"
-    return f"{budget.label} {show(value)} [{show(low)}, {show(high)}] {words} {end} {show(limit)}"
+    ends = [show(low), show(high)]
+    interval = f" [{', '.join(ends)}]" if ends != [show(value)] * 2 else ""
+    return f"{budget.label} {show(value)}{interval} {WORDS[verdict, budget.bound]} {show(limit)}"

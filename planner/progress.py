@@ -103,14 +103,13 @@ class LiveProgress(Progress):
         self.stages: list[str] = []
         self.hand: tuple[Plan, str, Estimate | None] | None = None
         self.doing = ""
+        self.limited_from = self.start  # the time limit is not for what comes before the first stage
         self._display: Any = None
 
     def line(self, text: str) -> None:
-        """Print one line that stays, above what is drawn."""
-        if self._display is None:
-            super().line(text)
-        else:
-            self.console.print(self._text(f"{self._clock()} {text}"))
+        """Print one line that stays, above what is drawn; broken between words where the terminal is narrow."""
+        self._erase()
+        self.console.print(self._text(f"{self._clock()} {text}"))
 
     def tick(self, text: str) -> None:
         """Take note of what the plan in hand is at."""
@@ -123,6 +122,8 @@ class LiveProgress(Progress):
         from rich.live import Live
 
         self._erase()
+        if not self.stages:
+            self.limited_from = time.monotonic()
         self.stages.append(text)
         self.doing = ""
         if self._display is None:
@@ -158,6 +159,8 @@ class LiveProgress(Progress):
         below: list[Any] = []
         if self.hand is not None:
             below += [self._text(""), *self._in_hand(*self.hand)]
+        elif self.doing:
+            below += [self._text(""), self._text(f"▸ {self.doing}", "cyan", lines=1)]
         if len(points := self._points()) > 1:
             below += [self._text(""), self._front(points)]
         failures = [r for r in self.results if r.measurement and r.measurement.failure]
@@ -177,7 +180,7 @@ class LiveProgress(Progress):
 
     def _time(self) -> Any:
         search = self.spec.search
-        spent = time.monotonic() - self.start
+        spent = time.monotonic() - self.limited_from
         width = 24
         full = min(width, int(width * spent / search.time_limit_s))
         left = max(0.0, search.time_limit_s - spent)
@@ -205,7 +208,7 @@ class LiveProgress(Progress):
         for result in ranked[:room]:
             style = "bold" if result.on_front and result.feasible else "" if result.on_front else "dim"
             shown = [cells.cell(result, name, measured=True) for name in names]
-            mark = "●" if result.on_front else "○"
+            mark = cells.KINDS[cells.kind(result)].mark
             table.add_row(self._text(f"{mark} {result.plan.words}", style), *(self._judged(c, style) for c in shown))
         if len(ranked) > room:
             table.add_row(self._text(f"... and {len(ranked) - room} more", "dim"))
@@ -228,10 +231,11 @@ class LiveProgress(Progress):
         return math.inf if value is None else value if find_metric(label)[0].better == "lower" else -value
 
     def _metrics(self) -> list[str]:
-        """Return the metrics with a column: budgets and objectives, as many as leave the plan room."""
+        """Return the metrics with a column, as many as leave the plan room: what to be best at, then what must hold."""
         from knowledge_base.metrics import find_metric
 
-        wanted = [*(find_metric(o)[0].name for o in self.spec.objectives), *(b.metric for b in self.spec.budgets)]
+        first, *others = (find_metric(o)[0].name for o in self.spec.objectives)
+        wanted = [first, *(b.metric for b in self.spec.budgets), *others]
         return list(dict.fromkeys(wanted))[: max(1, (self.console.width - 40) // FIGURE_COLUMNS)]
 
     def _in_hand(self, plan: Plan, why: str, estimate: Estimate | None) -> list[Any]:

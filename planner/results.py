@@ -19,7 +19,7 @@ class Verdict:
     limit: float  # the bound in SI units; relative budgets resolved against the baseline
     figure: Figure | None = None
     value: Value | None = None
-    sentence: str = ""  # "ttft_p95 41 ms [39, 44] is within 50 ms"
+    sentence: str = ""  # "ttft_p95 41 ms [39, 44] is at most 50 ms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +100,11 @@ class ParetoSet:
 
     def save(self, folder: str | Path) -> Path:
         """Write result.json, summary.md and report.html into `folder` and return the folder."""
-        from knowledge_base.serde import write_atomic, write_json
-        from planner.reports import html, markdown
+        from knowledge_base.serde import write_atomic
+        from planner.reports import html, json, markdown
 
         folder = Path(folder)
-        write_json(folder / "result.json", as_mapping(self))
+        write_atomic(folder / "result.json", json.render(self))
         write_atomic(folder / "summary.md", markdown.render(self))
         write_atomic(folder / "report.html", html.render(self))
         return folder

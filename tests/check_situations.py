@@ -111,15 +111,15 @@ def check(
     )  # fmt: skip
 
 
-def hostile() -> CheckResult:
-    """A check in which every text that can be foreign is hostile; the model changed as well."""
-    budgets = [replace(b, text=HOSTILE) for b in BUDGETS]
-    plan = Plan(model_digest="toy", engine=HOSTILE, steps=(Step(HOSTILE, {HOSTILE: HOSTILE}),))
-    result = check(figures(peak=2.4e9), plan=plan, lock=lock(), notes=(HOSTILE,), budgets=budgets, name=HOSTILE)
+def hostile(text: str = HOSTILE) -> CheckResult:
+    """A check in which every text that can be foreign is `text`; the model changed as well."""
+    budgets = [replace(b, text=text) for b in BUDGETS]
+    plan = Plan(model_digest="toy", engine=text, steps=(Step(text, {text: text}),))
+    result = check(figures(peak=2.4e9), plan=plan, lock=lock(), notes=(text,), budgets=budgets, name=text)
     whole = replace(
-        result.answer, model=replace(TOY_MODEL, name=HOSTILE), hardware=replace(TOY_MACHINE, name=HOSTILE), conflicts=(HOSTILE,)
+        result.answer, model=replace(TOY_MODEL, name=text), hardware=replace(TOY_MACHINE, name=text), conflicts=(text,)
     )  # fmt: skip
-    verdicts = tuple(replace(v, sentence=f"{HOSTILE}: {v.sentence}") for v in result.verdicts)
+    verdicts = tuple(replace(v, sentence=f"{text}: {v.sentence}") for v in result.verdicts)
     return replace(result, answer=whole, result=replace(result.result, verdicts=verdicts), spec_file="a b,c:%d\n.yaml")
 
 

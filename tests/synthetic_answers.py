@@ -144,28 +144,28 @@ def reasons_of(result: PlanResult, results: list[PlanResult]) -> tuple[str, ...]
     return (*steps, *answering.reasons(result, results, {}, OBJECTIVES))
 
 
-def hostile(count: int = 12) -> ParetoSet:
-    """Return an answer in which every text that may come from a stranger is hostile (row 72 of the table of faults)."""
+def hostile(count: int = 12, text: str = HOSTILE) -> ParetoSet:
+    """Return an answer in which every text that may come from a stranger is `text` (row 72 of the table of faults)."""
     fair = answer(count)
 
     def spoilt(result: PlanResult) -> PlanResult:
         measurement = result.measurement
         assert measurement is not None
-        failure = measurement.failure and replace(measurement.failure, message=HOSTILE)
+        failure = measurement.failure and replace(measurement.failure, message=text)
         plan = (
-            replace(result.plan, steps=(*result.plan.steps, Step(HOSTILE, {HOSTILE: HOSTILE})))
+            replace(result.plan, steps=(*result.plan.steps, Step(text, {text: text})))
             if result.plan.steps
             else result.plan
         )
-        figures = {n: replace(f, note=HOSTILE) for n, f in measurement.figures.items()}
-        measurement = replace(measurement, plan=plan, failure=failure, figures=figures, warnings=(HOSTILE,))
-        return replace(result, plan=plan, measurement=measurement, why=(HOSTILE, *result.why))
+        figures = {n: replace(f, note=text) for n, f in measurement.figures.items()}
+        measurement = replace(measurement, plan=plan, failure=failure, figures=figures, warnings=(text,))
+        return replace(result, plan=plan, measurement=measurement, why=(text, *result.why))
 
     results = tuple(spoilt(r) for r in fair.results)
     best = next(r.plan.id for r, old in zip(results, fair.results) if old.plan.id == fair.recommended_id)
     return replace(
-        fair, run_id=HOSTILE, results=results, recommended_id=best, sentence=HOSTILE, conflicts=(HOSTILE,),
-        model=replace(fair.model, name=HOSTILE, source=HOSTILE), hardware=replace(fair.hardware, name=HOSTILE),
-        rejected=(Rejection(what=HOSTILE, why=HOSTILE, kind=HOSTILE, count=2),),
-        provenance={"versions": {HOSTILE: HOSTILE}, "data": HOSTILE, "spec": {HOSTILE: HOSTILE}},
+        fair, run_id=text, results=results, recommended_id=best, sentence=text, conflicts=(text,),
+        model=replace(fair.model, name=text, source=text), hardware=replace(fair.hardware, name=text),
+        rejected=(Rejection(what=text, why=text, kind=text, count=2),),
+        provenance={"versions": {text: text}, "data": text, "spec": {text: text}},
     )  # fmt: skip

@@ -257,7 +257,11 @@ def card(name: str, facts: dict) -> str:
         if name.endswith("draft")
         else "A model small enough to travel with the code and trained enough that compressing it has a visible price and gain."
     )
-    return f"""# {name}
+    return f"""---
+license: apache-2.0
+---
+
+# {name}
 
 {purpose}
 
@@ -275,7 +279,8 @@ def card(name: str, facts: dict) -> str:
 
 Made by `python tools/train_tiny_lm.py data` and `train`; `training.json` holds these figures and the course of the loss.
 It knows nothing but the look of Python code and its documentation, and is of no use beyond tests and demonstrations.
-The text is copyright Python Software Foundation, used under the PSF License Agreement.
+The weights are under the project's licence, Apache-2.0. The text is copyright Python Software Foundation, used under the PSF
+License Agreement.
 """
 
 

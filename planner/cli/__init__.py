@@ -1,4 +1,6 @@
-"""The command line. One file for each command: HELP, add_arguments(parser), run(options) -> exit code."""
+"""The command line. One file for each command: HELP, add_arguments(parser), output() -> type of what --json prints,
+run(options) -> exit code.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,14 @@ import argparse
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypedDict
 
 from knowledge_base.errors import EXIT_CODE_MEANING, BadInput, ExitCode, LeanplanError, Terminated
 from knowledge_base.registry import Folder
 from planner.cli._talk import emit, say, write_crash_report
 
-commands = Folder("planner.cli", "command", ("HELP", "add_arguments", "run"))
+commands = Folder("planner.cli", "command", ("HELP", "add_arguments", "output", "run"))
 
 # name, argparse settings; every one is also LEANPLAN_<NAME> in the environment (flag > environment > default).
 GLOBAL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -26,6 +29,8 @@ GLOBAL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--seed", dict(type=int, metavar="N", help="seed of every random choice (default: the spec's, else 0)")),
     ("--run-dir", dict(metavar="PATH", help="folder of run folders (default: runs)")),
     ("--store", dict(metavar="PATH", help="folder of the measurement store (default: .leanplan)")),
+    ("--knowledge", dict(metavar="DIR[:DIR]", help="folders of your own knowledge; Python files in them are run")),
+    ("--ignore-damaged-knowledge", dict(action="store_true", help="leave a folder of knowledge that has a fault out")),
     (
         "--trust-remote-code",
         dict(metavar="ORG/NAME@SHA", help="read a model that brings its own code; it can be priced, not yet measured"),
@@ -39,6 +44,8 @@ _DEFAULTS: dict[str, Any] = {"color": "auto", "verbose": 0, "quiet": 0}
 
 
 class _Parser(argparse.ArgumentParser):
+    verbs: Mapping[str, argparse.ArgumentParser]  # the commands, by name
+
     def error(self, message: str) -> NoReturn:
         raise BadInput(message, hint=f"{self.prog} --help", where="command line")
 
@@ -57,7 +64,7 @@ class _Version(argparse.Action):
         raise SystemExit(ExitCode.DONE)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """Return the parser with every command of this folder."""
     shared = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = shared.add_argument_group("global flags")
@@ -78,19 +85,23 @@ def build_parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=module.HELP, description=module.HELP, parents=[shared])
         module.add_arguments(command)
         command.set_defaults(run_command=module.run)
+    parser.verbs = verbs.choices
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; expected failures print one message, bugs leave a report."""
     signal.signal(signal.SIGTERM, _terminate)
-    options: Any = argparse.Namespace(json="--json" in (argv or sys.argv))
+    asked = "--json" in (sys.argv if argv is None else argv) or _switched_on("json")
+    options: Any = argparse.Namespace(json=asked)  # until the command line is read, if it can be
     try:
         parser = build_parser()
         options = parser.parse_args(argv)
         _fill_defaults(options)
         if options.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
+        for name in ("knowledge", "ignore_damaged_knowledge"):  # read where knowledge is, in other processes too
+            os.environ[f"LEANPLAN_{name.upper()}"] = str(getattr(options, name) or "")
         if not options.command:
             return _without_command(parser, options)
         code = options.run_command(options)
@@ -115,7 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if getattr(options, "verbose", 0) > 1:
             raise
-        say(f"bug: {type(error).__name__}: {error}\nhint: this is leanplan's fault; send {write_crash_report(error)}")
+        message = f"{type(error).__name__}: {error}"
+        hint = f"this is leanplan's fault; send {write_crash_report(error)}"
+        say(f"bug: {message}\nhint: {hint}")
+        _print_fault(options, Fault(message=message, where=None, hint=hint, exit_code=ExitCode.BUG))
         return ExitCode.BUG
 
 
@@ -127,7 +141,10 @@ def _without_command(parser: argparse.ArgumentParser, options: argparse.Namespac
         if wizard.can_ask():
             return wizard.run(options)
     parser.print_help(sys.stderr)
-    return ExitCode.BAD_INPUT
+    raise BadInput(
+        "no COMMAND given, and questions are asked only at a terminal and without --no-input",
+        hint="leanplan init writes a spec to edit, leanplan plan runs it", where="command line",
+    )  # fmt: skip
 
 
 class LeanplanOSError(LeanplanError):
@@ -160,15 +177,27 @@ def _free(path: str) -> str:
     return units.format(shutil.disk_usage(folder).free, "bytes")
 
 
+class Fault(TypedDict):
+    """Why a command failed. With --json it is printed in place of the command's data, as `{"error": ...}`."""
+
+    message: str
+    where: str | None  # "file:line:column", or the flag or field that is at fault
+    hint: str  # what to do next
+    exit_code: ExitCode  # leanplan help exit-codes
+
+
 def _show_error(options: Any, error: LeanplanError) -> None:
     from planner.reports._text import literal
 
     place = f"{literal(error.where)}: " if error.where else ""
     excerpt = f"\n{error.excerpt}" if getattr(error, "excerpt", None) else ""
     say(f"{place}error: {literal(error.message)}{excerpt}\nhint: {literal(error.hint)}")
+    _print_fault(options, Fault(message=error.message, where=error.where, hint=error.hint, exit_code=error.exit_code))
+
+
+def _print_fault(options: Any, fault: Fault) -> None:
     if getattr(options, "json", False):
-        facts = {"message": error.message, "where": error.where, "hint": error.hint, "exit_code": int(error.exit_code)}
-        emit(options, {"error": facts}, "")
+        emit(options, {"error": fault}, "")
 
 
 def _fill_defaults(options: argparse.Namespace) -> None:
@@ -178,7 +207,7 @@ def _fill_defaults(options: argparse.Namespace) -> None:
             continue
         text = os.environ.get(f"LEANPLAN_{name.upper()}")
         if settings.get("action") == "store_true":
-            value: Any = text not in (None, "", "0", "false")
+            value: Any = _switched_on(name)
         elif text and settings.get("type") is int:
             try:
                 value = int(text)
@@ -192,6 +221,10 @@ def _fill_defaults(options: argparse.Namespace) -> None:
     for name in ("verbose", "quiet"):
         if not hasattr(options, name):
             setattr(options, name, 0)
+
+
+def _switched_on(name: str) -> bool:
+    return os.environ.get(f"LEANPLAN_{name.upper()}") not in (None, "", "0", "false")
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any, TypedDict
 
 HELP = "build the artefact of a plan.json (or a measured plan's id) into a folder, and check its digest"
 
@@ -14,6 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="SOURCE", help="folder or hub id to build from (default: the one in the plan)"
     )
     parser.add_argument("--calibration", metavar="FILE", help="calibration text (default: the one in the plan)")
+
+
+class Built(TypedDict):
+    """An artefact that was built."""
+
+    folder: str
+    bytes: int  # of all its files
+    digest: str  # SHA-256
+    same: bool | None  # as the measured one; null: no digest to compare with
+
+
+def output() -> Any:
+    return Built
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         None: "no digest to compare",
     }[same]
     text = f"{out}: {units.format(built.bytes, 'bytes')}, sha256 {built.digest}\n{verdict}"
-    emit(options, {"folder": str(out), "bytes": built.bytes, "digest": built.digest, "same": same}, text)
+    emit(options, Built(folder=str(out), bytes=built.bytes, digest=built.digest, same=same), text)
     if same is False:
         say(
             "hint: other library versions, another calibration text or another kind of processor give other bytes; see plan.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knowledge_base.errors import ExitCode, LeanplanError
 from planner.reports import check as formats
@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--comment-when", choices=TELLING, default="changed", help="when there is a comment (default changed)"
     )
+
+
+def output() -> Any:
+    from planner.reports.check.json import FIELDS
+
+    return FIELDS
 
 
 def run(options: argparse.Namespace) -> int:

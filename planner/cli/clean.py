@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 HELP = "remove run folders, artefacts or the measurement store; shows what would go unless --yes"
 
@@ -14,6 +14,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="*", choices=["artefacts", "runs", "store", []], help="what to remove (default: artefacts)"
     )
     parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest runs to leave alone (default 1)")
+
+
+class Target(TypedDict):
+    """A folder that goes, or would go."""
+
+    path: str
+    bytes: int
+
+
+class Cleaned(TypedDict):
+    """What was removed, or would be."""
+
+    removed: bool  # false: only shown; --yes removes
+    targets: list[Target]
+    busy: list[str]  # left alone: a run is using it
+
+
+def output() -> Any:
+    return Cleaned
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
             targets += [p if what == "runs" else p / "artefacts" for p in old]
     targets = [p for p in dict.fromkeys(targets) if p.is_dir() and not p.is_symlink()]
     busy = [p for p in targets if in_use(p) or in_use(p.parent)]
-    rows: list[dict[str, Any]] = [{"path": str(p), "bytes": _bytes(p)} for p in targets if p not in busy]
+    rows = [Target(path=str(p), bytes=_bytes(p)) for p in targets if p not in busy]
     total = units.format(sum(r["bytes"] for r in rows), "bytes") if rows else "nothing"
     if options.yes:
         for row in rows:
@@ -41,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{units.format(r['bytes'], 'bytes') if r['bytes'] else '0 B':>12}  {r['path']}" for r in rows]
     lines += [f"left alone, a run is using it: {p}" for p in busy]
     lines.append(f"removed {total}" if options.yes else f"would remove {total}")
-    emit(options, {"removed": options.yes, "targets": rows, "busy": [str(p) for p in busy]}, "\n".join(lines))
+    emit(options, Cleaned(removed=options.yes, targets=rows, busy=[str(p) for p in busy]), "\n".join(lines))
     if rows and not options.yes:
         say("to remove them: leanplan clean --yes", quiet=options.quiet)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal, TypedDict
+
+from knowledge_base.types import Figure
 
 HELP = "compare two plans, runs or lock files, figure by figure with intervals"
 
@@ -15,38 +17,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+Verdict = Literal["a is better", "b is better", "cannot be told apart"]
+
+
+class Difference(TypedDict):
+    """One metric of both."""
+
+    metric: str  # a name in leanplan ls metrics, with its unit
+    a: Figure
+    b: Figure
+    ratio: float | None  # b / a; null where a is 0
+    verdict: Verdict  # cannot be told apart: the intervals overlap
+
+
+class Comparison(TypedDict):
+    """What was measured of two plans."""
+
+    a: str
+    b: str
+    same_machine: bool  # if not, times are not comparable, sizes and quality are
+    rows: list[Difference]
+
+
+def output() -> Any:
+    return Comparison
+
+
 def run(options: argparse.Namespace) -> int:
-    from knowledge_base import units
     from knowledge_base.metrics import METRICS
     from planner.cli._talk import emit
     from planner.cli.ls import table
 
     (name_a, a, machine_a), (name_b, b, machine_b) = (figures(options, text) for text in (options.a, options.b))
-    rows: list[dict[str, Any]] = []
-    for metric in METRICS.values():
-        if metric.name not in a or metric.name not in b:
-            continue
-        x, y = a[metric.name], b[metric.name]
-        apart = x.high < y.low or y.high < x.low
-        better = (y.value < x.value) == (metric.better == "lower")
-        rows.append(
-            {
-                "metric": metric.label,
-                "a": f"{units.format(x.value, metric.dimension)} [{units.format(x.low, metric.dimension)}, {units.format(x.high, metric.dimension)}]",
-                "b": f"{units.format(y.value, metric.dimension)} [{units.format(y.low, metric.dimension)}, {units.format(y.high, metric.dimension)}]",
-                "b / a": f"{y.value / x.value:.3f}" if x.value else "–",
-                "verdict": ("b is better" if better else "a is better") if apart else "cannot be told apart",
-            }
-        )
+    rows = [_difference(name, a[name], b[name]) for name in METRICS if name in a and name in b]
     notes = [f"a: {name_a}", f"b: {name_b}"]
     if machine_a != machine_b:
         notes.append("measured on different machines: times are not comparable, sizes and quality are")
     emit(
         options,
-        {"a": name_a, "b": name_b, "same_machine": machine_a == machine_b, "rows": rows},
-        "\n".join(notes) + "\n\n" + table(rows),
+        Comparison(a=name_a, b=name_b, same_machine=machine_a == machine_b, rows=rows),
+        "\n".join(notes) + "\n\n" + table([_in_words(row) for row in rows]),
     )
     return 0
+
+
+def _difference(metric: str, a: Figure, b: Figure) -> Difference:
+    from knowledge_base.metrics import METRICS
+
+    better: Verdict = "b is better" if (b.value < a.value) == (METRICS[metric].better == "lower") else "a is better"
+    return Difference(
+        metric=metric, a=a, b=b, ratio=b.value / a.value if a.value else None,
+        verdict=better if a.high < b.low or b.high < a.low else "cannot be told apart",
+    )  # fmt: skip
+
+
+def _in_words(row: Difference) -> dict[str, str]:
+    from knowledge_base import units
+    from knowledge_base.metrics import METRICS
+
+    metric = METRICS[row["metric"]]
+
+    def words(figure: Figure) -> str:
+        value, low, high = (units.format(v, metric.dimension) for v in (figure.value, figure.low, figure.high))
+        return f"{value} [{low}, {high}]"
+
+    ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
+    a, b = words(row["a"]), words(row["b"])
+    return {"metric": metric.label, "a": a, "b": b, "b / a": ratio, "verdict": row["verdict"]}
 
 
 def figures(options: Any, text: str) -> tuple[str, Any, str]:

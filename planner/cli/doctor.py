@@ -5,15 +5,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 HELP = "check engines, packages, GPU, energy counters, disk, limits, noise; one fix for each trouble"
 
-Row = dict[str, Any]  # check, state "ok" | "warn" | "fail", found, fix
+State = Literal["ok", "warn", "fail"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also import every engine and ask the GPU (seconds)")
+
+
+class Checked(TypedDict):
+    """One thing that was looked at."""
+
+    check: str
+    state: State
+    found: str
+    fix: str  # the command that mends it; empty where nothing is to be mended
+
+
+def output() -> Any:
+    return list[Checked]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,11 +42,11 @@ def run(options: argparse.Namespace) -> int:
     return ExitCode.ENVIRONMENT if failed else ExitCode.DONE
 
 
-def _row(check: str, state: str, found: str, fix: str = "") -> Row:
-    return {"check": check, "state": state, "found": found, "fix": fix}
+def _row(check: str, state: State, found: str, fix: str = "") -> Checked:
+    return Checked(check=check, state=state, found=found, fix=fix)
 
 
-def _python(options: Any) -> Iterator[Row]:
+def _python(options: Any) -> Iterator[Checked]:
     import platform
     import sys
 
@@ -43,7 +56,7 @@ def _python(options: Any) -> Iterator[Row]:
     )
 
 
-def _packages(options: Any) -> Iterator[Row]:
+def _packages(options: Any) -> Iterator[Checked]:
     """Compare installed versions with what the distribution asks for; the floors hold back known vulnerabilities."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -67,7 +80,7 @@ def _packages(options: Any) -> Iterator[Row]:
         yield _row(requirement.name, "ok" if good else "fail", found, "" if good else f"pip install '{requirement}'")
 
 
-def _engines(options: Any) -> Iterator[Row]:
+def _engines(options: Any) -> Iterator[Checked]:
     from knowledge_base.registry import engines
 
     ready = 0
@@ -112,7 +125,7 @@ def _import_problem(modules: tuple[str, ...]) -> str | None:
     return None if done.returncode == 0 else f"present but broken: {lines[-1] if lines else done.returncode}"
 
 
-def _techniques(options: Any) -> Iterator[Row]:
+def _techniques(options: Any) -> Iterator[Checked]:
     """Name the optional modules that are missing, and what is left out without them."""
     from importlib.util import find_spec
 
@@ -133,7 +146,7 @@ def _techniques(options: Any) -> Iterator[Row]:
         yield _row("techniques", "warn", f"{need} not installed; left out: {', '.join(names)}", fix)
 
 
-def _gpu(options: Any) -> Iterator[Row]:
+def _gpu(options: Any) -> Iterator[Checked]:
     from planner.probes import accelerators
 
     names = accelerators.names()
@@ -158,7 +171,7 @@ def _gpu(options: Any) -> Iterator[Row]:
             )
 
 
-def _energy(options: Any) -> Iterator[Row]:
+def _energy(options: Any) -> Iterator[Checked]:
     from planner.probes import energy_counters
 
     facts = energy_counters.find()
@@ -170,7 +183,7 @@ def _energy(options: Any) -> Iterator[Row]:
     yield _row("energy", "warn", f"energy can only be modelled: {what}", fix)
 
 
-def _memory(options: Any) -> Iterator[Row]:
+def _memory(options: Any) -> Iterator[Checked]:
     from planner.probes import memory_limits
 
     facts = memory_limits.find()
@@ -185,7 +198,7 @@ def _memory(options: Any) -> Iterator[Row]:
     )
 
 
-def _disk(options: Any) -> Iterator[Row]:
+def _disk(options: Any) -> Iterator[Checked]:
     import shutil
 
     for name, folder in (
@@ -198,7 +211,7 @@ def _disk(options: Any) -> Iterator[Row]:
             yield _row(name, "fail", f"{there} cannot be written", f"choose another folder: {flag} PATH")
             continue
         free = shutil.disk_usage(there).free
-        state = "ok" if free >= 5 * 2**30 else "warn" if free >= 2**30 else "fail"
+        state: State = "ok" if free >= 5 * 2**30 else "warn" if free >= 2**30 else "fail"
         fix = (
             ""
             if state == "ok"
@@ -217,7 +230,7 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def _noise(options: Any) -> Iterator[Row]:
+def _noise(options: Any) -> Iterator[Checked]:
     from planner.probes import noise
 
     facts = noise.find()

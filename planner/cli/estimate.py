@@ -1,4 +1,4 @@
-"""`leanplan estimate MODEL --on HARDWARE`: predicted figures of one plan; nothing is run."""
+"""`leanplan estimate MODEL --on HARDWARE`: what is predicted of a plan, and where it goes; nothing is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from knowledge_base.errors import BadInput, ExitCode
 
 if TYPE_CHECKING:
-    from knowledge_base.types import Estimate, Hardware, Model, Plan, Step, Workload
+    from collections.abc import Callable
+
+    from planner.estimating.asking import Asked
 
 HELP = "predicted figures of one plan on one machine, with intervals and reasons; nothing is run"
 
@@ -34,156 +36,149 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests at a time (default 1); batch_size serves several together",
     )
+    parser.add_argument(
+        "--compare", metavar="PLAN",
+        help="beside another plan: its steps joined by +, `unchanged`, or `ENGINE: STEPS`",
+    )  # fmt: skip
+    parser.add_argument("--compare-on", metavar="HARDWARE", help="beside the same plan, or that of --compare, there")
+    parser.add_argument(
+        "--sweep", metavar="KEY=A..B",
+        help="batch, concurrency, context or output from A to B, doubling, or KEY=A,B,C: a table and a plot",
+    )  # fmt: skip
+    parser.add_argument(
+        "--roofline", action="store_true", help="the machine's roofline with the plan's operators on it"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "svg"), default="text", help="of --sweep and --roofline: text (default) or an SVG"
+    )
+
+
+def output() -> Any:
+    from planner.estimating.comparing import Comparison
+    from planner.estimating.roofline_picture import Roofline
+    from planner.estimating.sweeping import Sweep
+    from planner.estimating.telling import Estimated
+
+    return Estimated | Comparison | Sweep | Roofline
 
 
 def run(options: argparse.Namespace) -> int:
-    from pathlib import Path
+    from planner.cli._talk import emit
 
-    from cost_models.predict import estimate, estimate_many
-    from knowledge_base import rules
+    kind = _kind(options)
+    asked = _asked(options)
+    data, text = SHOWN[kind](options, asked)
+    emit(options, data, text)
+    return ExitCode.DONE
+
+
+def _kind(options: argparse.Namespace) -> str:
+    """Return which of SHOWN is asked for; refuse flags that ask for two things at once."""
+    given = {
+        "--compare": options.compare is not None or options.compare_on is not None,
+        "--sweep": options.sweep is not None,
+        "--roofline": options.roofline,
+    }
+    kinds = [flag for flag, there in given.items() if there]
+    if len(kinds) > 1:
+        raise BadInput(f"{' and '.join(kinds)} show different things", hint="give one of them", where=kinds[-1])
+    kind = kinds[0] if kinds else ""
+    if options.format == "svg" and kind not in ("--sweep", "--roofline"):
+        raise BadInput(
+            "only a sweep and a roofline are pictures", hint="add --roofline or --sweep batch=1..32", where="--format svg"
+        )  # fmt: skip
+    return kind
+
+
+def _asked(options: argparse.Namespace) -> Asked:
     from knowledge_base.registry import engines
-    from knowledge_base.types import Plan, Workload
-    from planner.cli._talk import emit, say
-    from planner.machine import find
+    from knowledge_base.types import Workload
+    from planner.cli._talk import say
+    from planner.estimating.asking import Asked, positive, read_step
     from planner.reading import read_model
 
-    for flag in ("prompt_tokens", "output_tokens", "concurrency"):
-        if getattr(options, flag) < 1:
-            raise BadInput(
-                f"must be at least 1, got {getattr(options, flag)}",
-                hint="give a count",
-                where=f"--{flag.replace('_', '-')}",
-            )
-    engine = engines.get(options.engine)
-    steps = [read_step(text) for text in options.step]
+    lengths = {name: getattr(options, name) for name in ("prompt_tokens", "output_tokens", "concurrency")}
+    positive(lengths)
+    engines.get(options.engine)
+    steps = tuple(read_step(text) for text in options.step)
     read = read_model(
         options.model, offline=options.offline, trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle, weights="optional",
     )  # fmt: skip
-    model = read.model
     for note in read.notes:
         say(note, quiet=options.quiet)
-    workload = Workload(
-        prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens, concurrency=options.concurrency
+    asked = Asked(
+        model=read.model,
+        engine=options.engine,
+        steps=steps,
+        workload=Workload(**lengths),
+        hardware=_machine(options, options.on),
     )
-    if workload.prompt_tokens + workload.output_tokens > model.max_context_tokens:
-        raise BadInput(
-            f"{workload.prompt_tokens} + {workload.output_tokens} tokens are more than the model's {model.max_context_tokens}",
-            hint="lower --prompt-tokens or --output-tokens", where="--prompt-tokens",
-        )  # fmt: skip
-    hardware = find(options.on, Path(options.store or ".leanplan"), tell=lambda text: say(text, quiet=options.quiet))
-    _check(steps, engine, model, workload, hardware)
-    plan = Plan(model_digest=model.digest, engine=options.engine, steps=tuple(rules.order(steps)))
-    predicted = estimate(plan, model, workload, hardware)
-    unknown = {
-        name: problem.message for name, problem in estimate_many([plan], model, workload, hardware).prevented.items()
-    }
-    facts = {
-        "model": model.name, "hardware": hardware.name, "plan": plan, "words": plan.words, "workload": workload,
-        "predicted": predicted, "not_predicted": unknown, "steps": _effects(plan, model, workload),
-        "fits": predicted.values["peak_memory_bytes"].mid <= hardware.memory_limit_bytes,
-    }  # fmt: skip
-    emit(options, facts, as_text(facts, plan, predicted, hardware))
-    return ExitCode.DONE
+    asked.check()
+    return asked
 
 
-def read_step(text: str) -> Step:
-    """Return a step as written on the command line: `weight_int4:group_size=64`.
+def _machine(options: argparse.Namespace, name: str) -> Any:
+    from pathlib import Path
 
-    Raises:
-        BadInput: an unknown technique, knob or setting; says which there are.
-    """
-    from knowledge_base.registry import complete, techniques
-    from knowledge_base.types import Step
+    from planner.cli._talk import say
+    from planner.machine import find
 
-    name, _, written = text.partition(":")
-    knobs = techniques.get(name.strip()).TECHNIQUE.knobs
-    chosen: dict[str, Any] = {}
-    for setting in filter(None, written.split(",")):
-        knob, equals, value = (part.strip() for part in setting.partition("="))
-        if knob not in knobs or not equals:
-            known = ", ".join(f"{k}={'|'.join(map(str, c.options))}" for k, c in knobs.items()) or "none"
-            raise BadInput(f"`{name}` has no setting `{setting}`", hint=f"its knobs: {known}", where=f"--step {text}")
-        options = {str(option): option for option in knobs[knob].options}
-        if value not in options:
-            raise BadInput(
-                f"`{knob}` of `{name}` cannot be `{value}`",
-                hint=f"one of: {', '.join(options)}",
-                where=f"--step {text}",
-            )
-        chosen[knob] = options[value]
-    return complete(Step(name.strip(), chosen))
+    return find(name, Path(options.store or ".leanplan"), tell=lambda text: say(text, quiet=options.quiet))
 
 
-def _check(steps: list[Step], engine: Any, model: Model, workload: Workload, hardware: Hardware) -> None:
-    """Refuse a plan the knowledge base says cannot be: for this model, this engine, or these steps together."""
-    from knowledge_base import rules
-    from knowledge_base.registry import techniques
+def _told(text: Callable[[bool], str]) -> str:
+    """Return text made with or without ASCII alone, as stdout takes it."""
+    import sys
 
-    name = engine.__name__.rpartition(".")[2]
-    if why := engine.accepts(model):
-        raise BadInput(
-            f"{name} cannot run this model: {why}", hint="choose another engine: leanplan ls engines", where="--engine"
-        )
-    for step in steps:
-        module = techniques.get(step.technique)
-        why = module.rejects(model, workload, hardware)
-        why = why or getattr(module, "legal", lambda *_: None)(step.knobs, model, workload, hardware)
-        if why:
-            raise BadInput(
-                f"`{step}` does not apply: {why}",
-                hint="leave it out or choose another setting",
-                where=f"--step {step.technique}",
-            )
-        if missing := module.TECHNIQUE.needs - engine.ENGINE.offers:
-            raise BadInput(
-                f"`{step.technique}` needs an engine that offers {', '.join(sorted(missing))}; {name} does not",
-                hint="leanplan ls engines", where=f"--step {step.technique}",
-            )  # fmt: skip
-    if why := rules.conflict(steps) or rules.missing(steps):
-        raise BadInput(
-            f"these steps do not go together: {getattr(why, 'effect', why)}",
-            hint="leanplan ls techniques",
-            where="--step",
-        )
+    from planner.reports.terminal import ascii_only, in_ascii
+
+    plain = ascii_only(sys.stdout)
+    return in_ascii(text(plain)) if plain else text(plain)
 
 
-def _effects(plan: Plan, model: Model, workload: Workload) -> list[dict[str, str]]:
-    import itertools
+def _estimate(options: argparse.Namespace, asked: Asked) -> tuple[Any, str]:
+    from planner.estimating import telling
+    from planner.estimating.pricing import price
 
-    from cost_models.demand import demand_chain
-
-    chain = demand_chain(plan, model, workload)
-    return [
-        {"step": name, "effect": "; ".join(after.because[len(before.because) :])}
-        for (_, before), (name, after) in itertools.pairwise(chain)
-    ]
+    priced = price(asked)
+    facts = telling.estimated(priced)
+    return facts, _told(lambda plain: telling.as_text(facts, priced, ascii_only=plain))
 
 
-def as_text(facts: dict[str, Any], plan: Plan, predicted: Estimate, hardware: Hardware) -> str:
-    """Return the figures as lines for people: value, 80 % interval, what dominates it."""
-    from knowledge_base import units
-    from knowledge_base.metrics import METRICS
+def _compare(options: argparse.Namespace, asked: Asked) -> tuple[Any, str]:
+    from dataclasses import replace
 
-    workload = facts["workload"]
-    lines = [
-        f"predicted for {facts['model']} on {facts['hardware']}  ({plan.id}, {plan.words})",
-        f"{workload.prompt_tokens} prompt + {workload.output_tokens} output tokens; intervals hold 80 %",
-        "",
-    ]
-    lines += [f"  {item['step']}: {item['effect']}" for item in facts["steps"]]
-    lines += [""] if facts["steps"] else []
-    for name, metric in METRICS.items():
-        if (value := predicted.values.get(name)) is not None:
-            mid, low, high = (units.format(v, metric.dimension) for v in (value.mid, value.low, value.high))
-            lines.append(f"  {metric.label:15} {mid:>15}  {f'[{low} – {high}]':32} {value.because}".rstrip())
-        elif name in facts["not_predicted"]:
-            lines.append(f"  {metric.label:15} {'not predicted':>15}  {facts['not_predicted'][name]}")
-    if not facts["fits"]:
-        peak = predicted.values["peak_memory_bytes"].mid
-        lines += [
-            "",
-            f"does not fit: peak memory {units.format(peak, 'bytes')} of {units.format(hardware.memory_limit_bytes, 'bytes')}; "
-            "the times above hold only where it does",
-        ]
-    return "\n".join(lines)
+    from planner.estimating import comparing
+    from planner.estimating.asking import read_other
+    from planner.estimating.pricing import price
+
+    other = asked if options.compare is None else read_other(options.compare, asked)
+    if options.compare_on is not None:
+        other = replace(other, hardware=_machine(options, options.compare_on))
+    other.check(steps_from="--compare")
+    a, b = price(asked), price(other)
+    facts = comparing.compared(a, b)
+    return facts, _told(lambda plain: comparing.as_text(facts, a, b))
+
+
+def _sweep(options: argparse.Namespace, asked: Asked) -> tuple[Any, str]:
+    from planner.estimating import sweeping
+
+    facts = sweeping.swept(asked, *sweeping.read_sweep(options.sweep))
+    if options.format == "svg":
+        return facts, sweeping.as_svg(facts)
+    return facts, _told(lambda plain: sweeping.as_text(facts, ascii_only=plain))
+
+
+def _roofline(options: argparse.Namespace, asked: Asked) -> tuple[Any, str]:
+    from planner.estimating import roofline_picture
+    from planner.estimating.pricing import price
+
+    facts = roofline_picture.roofline(price(asked))
+    if options.format == "svg":
+        return facts, roofline_picture.as_svg(facts)
+    return facts, _told(lambda plain: roofline_picture.as_text(facts, ascii_only=plain))
+
+
+SHOWN = {"": _estimate, "--compare": _compare, "--sweep": _sweep, "--roofline": _roofline}

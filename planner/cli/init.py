@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any, TypedDict
 
 HELP = "write a commented leanplan.yaml to start from, and what git should ignore"
 
@@ -25,6 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ci", choices=tuple(CI), help="write what runs leanplan check on pull requests as well")
 
 
+class Started(TypedDict):
+    """What was written."""
+
+    written: list[str]
+    model: str  # as the spec names it
+
+
+def output() -> Any:
+    return Started
+
+
 def run(options: argparse.Namespace) -> int:
     import json
 
@@ -44,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     )  # a bad --model is refused before anything is written
     files = {folder / "leanplan.yaml": text}
     for name, target in CI.get(options.ci, {}).items():
-        files[folder / target] = (TEMPLATES / name).read_text(encoding="utf-8")
+        files[folder / target] = _pinned((TEMPLATES / name).read_text(encoding="utf-8"))
     if (there := [path for path in files if path.exists()]) and not options.force:
         raise BadInput("is there already", hint="--force overwrites it", where=str(there[0]))
     files[folder / ".leanplan/spec.schema.json"] = json.dumps(specs.schema(), indent=1, ensure_ascii=False) + "\n"
@@ -57,9 +69,16 @@ def run(options: argparse.Namespace) -> int:
     for path, content in files.items():
         write_atomic(path, content)
     path = folder / "leanplan.yaml"
-    emit(options, {"written": [str(p) for p in files], "model": model}, "\n".join(f"wrote {p}" for p in files))
+    emit(options, Started(written=[str(p) for p in files], model=model), "\n".join(f"wrote {p}" for p in files))
     say(f"next: edit the budgets in {path}; leanplan validate {path}; leanplan plan {path}", quiet=options.quiet)
     return 0
+
+
+def _pinned(template: str) -> str:
+    """Return a template that installs this version: one that judges otherwise is then a change someone made."""
+    from importlib.metadata import version
+
+    return template.replace("pip install leanplan", f"pip install leanplan=={version('leanplan')}")
 
 
 def _needs_quotes(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.spec import Spec
@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lock", action="store_true", help="write leanplan.lock beside the spec for the recommended plan"
     )
     parser.add_argument("--format", choices=("terminal", "markdown", "json"), help="what to print (default terminal)")
+
+
+def output() -> Any:
+    from planner import schemas
+
+    return schemas.result()
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Annotated, Any
 
 HELP = "measure this machine: bandwidth, matrix rates, limits, noise"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh", action="store_true", help="measure again, even if this machine is known")
+
+
+def output() -> Any:
+    from planner.machine import Profile
+    from planner.schemas import Beside
+
+    return Annotated[Profile, Beside("ProfileFile", schema=int)]
 
 
 def run(options: argparse.Namespace) -> int:

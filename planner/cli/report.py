@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any, TypedDict
 
 FORMATS = {"html": "html", "md": "markdown", "json": "json", "csv": "csv"}  # as typed: its file in planner/reports
 
@@ -16,6 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=tuple(FORMATS), default="html", help="default html, written beside the run's result.json"
     )
+
+
+class Written(TypedDict):
+    """Where the report is."""
+
+    written: str
+
+
+def output() -> Any:
+    from planner import schemas
+
+    return Written | schemas.result()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,6 +55,6 @@ def run(options: argparse.Namespace) -> int:
         return ExitCode.DONE
     page = Path(options.output_file or page)
     emit(argparse.Namespace(output_file=str(page)), None, text)
-    emit(argparse.Namespace(json=options.json), {"written": str(page)}, str(page))
+    emit(argparse.Namespace(json=options.json), Written(written=str(page)), str(page))
     say("next: open it in a browser; it needs nothing else", quiet=options.quiet)
     return ExitCode.DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Annotated, Any
 
 from planner import schemas
 
@@ -12,9 +13,13 @@ HELP = "print the JSON Schema of a spec, for editors, or of what leanplan writes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--of", choices=schemas.names(), default="spec",
-        help="a spec (default), check --json, a run's result.json, a lock file, or an error with --json",
+        help="a spec (default), another file that leanplan writes, an error, or what a command prints with --json",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write it there instead of stdout")
+
+
+def output() -> Any:
+    return Annotated[dict[str, Any], schemas.Given(lambda: {"$ref": schemas.DIALECT})]
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Annotated, Any
 
 HELP = "show one run, plan, technique, engine, machine or metric"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", help="a name as `leanplan ls` prints it, a run folder, or the start of a plan id")
+
+
+def output() -> Any:
+    from knowledge_base.metrics import Metric
+    from knowledge_base.types import Engine, Evidence, Hardware, Technique
+    from planner import schemas
+    from planner.results import PlanResult
+    from planner.schemas import Beside
+
+    technique = Annotated[Technique, Beside("TechniqueShown", name=str, evidence=tuple[Evidence, ...])]
+    engine = Annotated[Engine, Beside("EngineShown", name=str, state=str, versions=dict[str, str])]
+    return schemas.result() | PlanResult | technique | engine | Hardware | Metric
 
 
 def run(options: argparse.Namespace) -> int:
@@ -19,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     from planner.cli._talk import emit
     from planner.finding import find_plan, find_run, runs_root
     from planner.reports import terminal
+    from planner.results import as_mapping
 
     name = options.id
     if name in techniques.names():
@@ -41,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         except BadInput:
             answer = None
         if answer is not None:
-            emit(options, answer, terminal.render(answer))
+            emit(options, as_mapping(answer), terminal.render(answer))
             return 0
         try:
             _, value = find_plan(name, root)

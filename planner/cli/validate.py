@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 HELP = "check a spec and the files it names, and print it with every default written out; nothing is run"
 
@@ -11,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)"
     )
+
+
+def output() -> Any:
+    from planner import schemas
+
+    return {"spec": schemas.spec(), "remarks": list[str]}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from knowledge_base import units
 from knowledge_base.metrics import METRICS, find_metric
 from knowledge_base.types import Figure, Value
+from planner.answering import alternatives
 from planner.results import ParetoSet, PlanResult
 
 MARKS = {"met": "✓", "not met": "✗", "inconclusive": "?", "not judged": "–"}
+
+
+class Kind(NamedTuple):
+    """What a plan is in an answer: its mark, the same in every report, and the words of the legend."""
+
+    mark: str
+    words: str
+
+
+KINDS = {
+    "recommended": Kind("◆", "recommended"),
+    "baseline": Kind("★", "the model as it came"),
+    "front": Kind("●", "on the Pareto front"),
+    "dominated": Kind("·", "within the budgets, but another plan is better"),
+    "undecided": Kind("▲", "cannot be told from a limit"),
+    "infeasible": Kind("×", "beyond a budget"),
+    "failed": Kind("■", "failed"),
+}
 
 
 def columns(result: ParetoSet) -> tuple[str, ...]:
@@ -24,6 +45,11 @@ def columns(result: ParetoSet) -> tuple[str, ...]:
         usual += ("agreement_ratio", "kl_divergence_nats")
     wanted = [find_metric(label)[0].name for label in result.objectives] + [b.metric for b in result.budgets]
     return tuple(dict.fromkeys([*wanted, *usual]))
+
+
+def label(metric: str) -> str:
+    """Return a metric's label; a metric this version does not know keeps its name."""
+    return METRICS[metric].label if metric in METRICS else metric
 
 
 def heading(metric: str) -> str:
@@ -60,13 +86,40 @@ def value_text(value: Value, metric: str) -> str:
     return f"{units.format(value.mid, dimension)} [{low} – {high}]"
 
 
-def mark(result: PlanResult, answer: ParetoSet) -> str:
-    """Return what a plan is: recommended, on the front, the baseline, failed."""
-    if result.plan.id == answer.recommended_id:
-        return "★"
+def kind(result: PlanResult, answer: ParetoSet | None = None) -> str:
+    """Return which of KINDS a plan is; before there is an answer, none is recommended yet."""
     if result.measurement and result.measurement.failure:
-        return "×"
-    return "●" if result.on_front else "○"
+        return "failed"
+    if answer and result.plan.id == answer.recommended_id:
+        return "recommended"
+    if answer and result is answer.baseline:
+        return "baseline"
+    if result.feasible:
+        return "front" if result.on_front else "dominated"
+    beyond = any(v.outcome == "not met" for v in result.verdicts if v.budget.level == "error")
+    return "infeasible" if beyond else "undecided"
+
+
+def mark(result: PlanResult, answer: ParetoSet) -> str:
+    """Return the mark of what a plan is."""
+    return KINDS[kind(result, answer)].mark
+
+
+def legend(answer: ParetoSet) -> tuple[list[str], list[str]]:
+    """Return what the marks of the plans, and those of the budgets, in an answer's table mean: `◆ recommended`."""
+    there = {kind(result, answer) for result in ordered(answer)}
+    judged = ["✓ budget met", "✗ not met", "? cannot be told"] if answer.budgets else []
+    return [f"{k.mark} {k.words}" for name, k in KINDS.items() if name in there], judged
+
+
+def named(answer: ParetoSet) -> list[tuple[str, PlanResult]]:
+    """Return the alternatives to the recommended plan, one for each plan, under all its names: `smallest, fastest`."""
+    names: dict[str, list[str]] = {}
+    results = {}
+    for name, result in alternatives(answer).items():
+        names.setdefault(result.plan.id, []).append(name)
+        results[result.plan.id] = result
+    return [(", ".join(found), results[plan]) for plan, found in names.items()]
 
 
 def ordered(answer: ParetoSet) -> list[PlanResult]:

@@ -13,5 +13,6 @@ def render(answer: ParetoSet) -> str:
     import json
 
     from planner.results import as_mapping
+    from planner.scrubbing import scrub
 
-    return json.dumps(as_mapping(answer), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return scrub(json.dumps(as_mapping(answer), indent=1, allow_nan=False, ensure_ascii=False)) + "\n"

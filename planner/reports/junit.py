@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from planner.reports._text import literal
 from planner.results import ParetoSet, Verdict
+from planner.scrubbing import scrub
 
 REPORT = "JUnit XML: one test case for each budget of the recommended plan"
 SUFFIX = ".xml"
@@ -56,7 +57,7 @@ def suite(name: str, cases: Sequence[Case]) -> str:
         else:
             inner = f"<{case.kind} message={_attribute(case.message)}>{_text(case.text)}</{case.kind}>"
         lines.append(f"  <testcase classname={_attribute(name)} name={_attribute(case.name)}>{inner}</testcase>")
-    return "\n".join([*lines, "</testsuite>", ""])
+    return scrub("\n".join([*lines, "</testsuite>", ""]))
 
 
 def _clean(text: str) -> str:

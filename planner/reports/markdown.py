@@ -46,7 +46,8 @@ def render(answer: ParetoSet) -> str:
         cells = [_table.cell(result, name, measured=answer.measured) for name in names]
         who = escape(result.plan.words) + (" (the model as it came)" if result is answer.baseline else "")
         lines.append(f"| {_table.mark(result, answer)} | {result.plan.id} | {who} | " + " | ".join(cells) + " |")
-    lines += ["", "★ recommended, ● on the Pareto front, ○ dominated; ✓ budget met, ✗ not met, ? cannot be told.", ""]
+    plans, budgets = _table.legend(answer)
+    lines += ["", f"{'; '.join(plans + budgets)}.", ""]
     if answer.recommended:
         lines += [f"### Why {answer.recommended.plan.id}", ""]
         lines += [f"- {escape(why)}" for why in answer.recommended.why]
@@ -69,7 +70,7 @@ def render(answer: ParetoSet) -> str:
             "|---|--:|--:|--:|",
         ]
         lines += [
-            f"| {metric} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |"
+            f"| {_table.label(metric)} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |"
             for metric, e in answer.prediction_errors.items()
         ] + [""]
     return "\n".join(lines)

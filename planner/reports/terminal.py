@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_base.metrics import find_metric
-from planner.answering import alternatives
 from planner.cli._talk import clean
 from planner.reports import _table
-from planner.results import ParetoSet, PlanResult
+from planner.results import ParetoSet
 
 REPORT = "a table for the terminal"
 SUFFIX = ".txt"
@@ -20,7 +19,7 @@ NARROW = 80  # columns below which plans are listed as blocks
 REJECTED = 8  # lines of what was not chosen
 _ASCII = str.maketrans(
     {
-        "★": "*", "●": "o", "○": ".", "×": "x", "✓": "+", "✗": "!", "–": "-", "↓": "v", "↑": "^", "±": "~", "≤": "<",
+        "◆": ">", "★": "*", "●": "o", "○": ".", "▲": "^", "×": "x", "■": "#", "✓": "+", "✗": "!", "–": "-", "↓": "v", "↑": "^", "±": "~", "≤": "<",
         "≥": ">", "…": ".", "▸": ">", "·": ",", "µ": "u", "━": "=", "╸": "-", "│": "|", "└": "+", "─": "-",
     }
 )  # fmt: skip
@@ -87,12 +86,9 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
             table.add_row(*(text(cell, style) for cell in (mark, result.plan.id, who, *cells)))
     if columns >= NARROW:
         console.print(table)
-    console.print(
-        text(
-            "★ recommended   ● on the Pareto front   ○ measured, dominated   ✓ budget met   ✗ not met   ? cannot be told"
-        )
-    )
-    if others := _named(answer):
+    for marks in filter(None, _table.legend(answer)):
+        console.print(text("   ".join(marks)))
+    if others := _table.named(answer):
         console.print(text("\nAlternatives:", "bold"))
         for name, other in others:
             words = f"{other.plan.id} {other.plan.words}"
@@ -105,10 +101,11 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
             console.print(text(f"  {_table.MARKS[verdict.outcome]} {verdict.sentence}"))
     failures = [r for r in answer.results if r.measurement and r.measurement.failure]
     if failures:
+        mark = _table.KINDS["failed"].mark
         console.print(text("\nFailed:", "bold"))
         for result in failures:
             failure = result.measurement.failure  # type: ignore[union-attr]
-            console.print(text(f"  × {result.plan.words}: {failure.kind}: {failure.message}"))  # type: ignore[union-attr]
+            console.print(text(f"  {mark} {result.plan.words}: {failure.kind}: {failure.message}"))  # type: ignore[union-attr]
     if answer.rejected:
         console.print(text("\nNot chosen, the most frequent first:", "bold"))
         for rejection in (most := sorted(answer.rejected, key=lambda r: -r.count))[:REJECTED]:
@@ -121,7 +118,7 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
         for metric, error in answer.prediction_errors.items():
             console.print(
                 text(
-                    f"  {metric}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"
+                    f"  {_table.label(metric)}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"
                 )
             )
     if commands := _next(answer):
@@ -129,16 +126,6 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
         for command, what in commands:
             console.print(text(f"  {command}  ({what})"))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def _named(answer: ParetoSet) -> list[tuple[str, PlanResult]]:
-    """Return the alternatives, one for each plan, under all its names: `smallest, fastest`."""
-    names: dict[str, list[str]] = {}
-    results = {}
-    for name, result in alternatives(answer).items():
-        names.setdefault(result.plan.id, []).append(name)
-        results[result.plan.id] = result
-    return [(", ".join(found), results[plan]) for plan, found in names.items()]
 
 
 def _next(answer: ParetoSet) -> list[tuple[str, str]]:
@@ -149,11 +136,21 @@ def _next(answer: ParetoSet) -> list[tuple[str, str]]:
         return []
     plan, run = answer.recommended.plan.id, Path(answer.folder or answer.run_id)
     elsewhere = f" --run-dir {shlex.quote(str(run.parent))}" if answer.folder and run.parent != Path("runs") else ""
+    program = _program()
     return [
-        (f"leanplan explain {plan}{elsewhere}", "what each of its steps bought and cost"),
-        (f"leanplan build {plan} -o artefact{elsewhere}", "its artefact, ready to serve"),
-        (f"leanplan report {shlex.quote(str(run))}", "one HTML file with every plan and chart"),
+        (f"{program} explain {plan}{elsewhere}", "what each of its steps bought and cost"),
+        (f"{program} build {plan} -o artefact{elsewhere}", "its artefact, ready to serve"),
+        (f"{program} report {shlex.quote(str(run))}", "one HTML file with every plan and chart"),
     ]
+
+
+def _program() -> str:
+    """Return how leanplan is typed here: by its name where the shell finds it, else by the path it was started with."""
+    import shlex
+    import shutil
+
+    started = Path(sys.argv[0])
+    return shlex.quote(sys.argv[0]) if started.name == "leanplan" and not shutil.which("leanplan") else "leanplan"
 
 
 def _box(plain: bool):  # type: ignore[no-untyped-def]

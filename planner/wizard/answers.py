@@ -12,8 +12,11 @@ from typing import Any
 from planner import spec as specs
 from planner.spec import Spec
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "wizard.json"  # in the store
+RECENT = "recent_models.json"  # in the store
+MOST_RECENT = 5
+_WORDS = ("file", "then", "training", "origin")  # of Answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,8 @@ class Answers:
     spec: Mapping[str, Any]
     file: str = "leanplan.yaml"
     then: str = "both"  # "run" | "save" | "both" | "advise"
+    training: str = ""  # "finetune" | "pretrain": a goal that cannot be run yet, so that advice is given
+    origin: str = ""  # what the workload was fitted to, in words; empty where a person chose it
 
     @property
     def parsed(self) -> Spec:
@@ -50,7 +55,9 @@ class Answers:
             section[last] = value
         if above and not section:
             mapping.pop(above[0], None)
-        changed = replace(self, spec=mapping)
+        changed = replace(
+            self, spec=mapping, origin="" if above[:1] == ["workload"] or last == "workload" else self.origin
+        )
         changed.parsed  # noqa: B018  # refused here, where the person can still mend it
         return changed
 
@@ -60,8 +67,7 @@ def keep(store: Path, answers: Answers, screen: str) -> Path:
     from knowledge_base.serde import write_json
 
     path = store / FILE
-    facts = {"spec": answers.spec, "file": answers.file, "then": answers.then}
-    write_json(path, {"schema": SCHEMA, "screen": screen, **facts})
+    write_json(path, {"schema": SCHEMA, "screen": screen, "answers": answers})
     return path
 
 
@@ -71,7 +77,8 @@ def kept(store: Path) -> tuple[Answers, str] | None:
         data = json.loads((store / FILE).read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             return None
-        answers = Answers(spec=dict(data["spec"]), file=str(data["file"]), then=str(data["then"]))
+        said = data["answers"]
+        answers = Answers(spec=dict(said["spec"]), **{name: str(said[name]) for name in _WORDS})
         answers.parsed  # noqa: B018  # a spec that is refused today is no start
         return answers, str(data["screen"])
     except (OSError, ValueError, KeyError, TypeError, specs.BadInput):
@@ -81,3 +88,24 @@ def kept(store: Path) -> tuple[Answers, str] | None:
 def forget(store: Path) -> None:
     """Remove what was kept: it has become a spec."""
     (store / FILE).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- models planned before
+
+
+def remember(store: Path, source: str) -> None:
+    """Put a model first among those planned before."""
+    from knowledge_base.serde import write_json
+
+    models = [source, *(known for known in recent(store) if known != source)]
+    write_json(store / RECENT, models[:MOST_RECENT])
+
+
+def recent(store: Path) -> tuple[str, ...]:
+    """Return the models planned before, the newest first."""
+    try:
+        found = json.loads((store / RECENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    models = found if isinstance(found, list) else []
+    return tuple(m for m in models if isinstance(m, str) and m.isprintable())[:MOST_RECENT]

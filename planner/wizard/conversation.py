@@ -15,14 +15,19 @@ from knowledge_base.errors import BadInput, LeanplanError
 from planner.forecast import Forecast, Outlook
 from planner.spec import Spec
 from planner.wizard.answers import Answers
-from planner.wizard.screens import Screen, View, asked, is_default_workload, place_of, with_workload_within
+from planner.wizard.screens import asked, place_of, workload
+from planner.wizard.screens._screen import Screen, Tell, View, told
 
 PATIENCE_S = 20.0  # for a prediction that decides whether one may go on
+LONGEST_LINE = 1000  # characters of an answer; more was pasted by mistake
+GARBAGE = (
+    "that is not one line of printable text, so it was not read\ntype one answer, or Enter to accept what is shown"
+)
 
 
 class Show(Protocol):
-    def __call__(self, screen: Screen, view: View, *, step: int, steps: int, note: str, more: bool) -> None:
-        """Draw a screen."""
+    def __call__(self, screen: Screen, view: View, *, step: int, steps: int, note: str, turned: int) -> None:
+        """Draw a screen. `turned`: how often the person has asked for more of it."""
         ...
 
 
@@ -66,6 +71,7 @@ class Conversation:
         ask: return the typed line; raises EOFError or KeyboardInterrupt when the person leaves.
         show: draw a screen.
         idle: waits for a prediction, as long as that is no nuisance.
+        tell: say what a deed is at.
     """
 
     def __init__(
@@ -77,9 +83,10 @@ class Conversation:
         ask: Callable[[Screen], str],
         show: Show,
         idle: Callable[[Callable[[], bool]], None] = lambda ready: None,
+        tell: Tell = lambda text: None,
     ) -> None:
         self.answers, self.forecast, self.models = answers, forecast, models
-        self.ask, self.show, self.idle = ask, show, idle
+        self.ask, self.show, self.idle, self.tell = ask, show, idle, tell
         self.screen = "goal"
         self._asked_for: Answers | None = None
         self._coming: Prediction | None = None
@@ -87,37 +94,38 @@ class Conversation:
     def lead(self, start: str = "goal") -> Answers:
         """Go through the screens from `start` on and return the answers."""
         index = next((i for i, s in enumerate(asked(self.answers)) if s.name == start), 0)
-        note, more = "", False
+        note, turned = "", 0
         while index < len(screens := asked(self.answers)):
             screen = screens[index]
             self.screen = screen.name
-            typed = self._turn(screen, index + 1, len(screens), note, more)
-            note, more = "", False
+            typed = self._turn(screen, index + 1, len(screens), note, turned)
+            if typed == "?":
+                turned += 1
+                continue
+            note, turned = "", 0
             if typed == "":
                 note = self._blocked(screen)
                 index += not note
             elif typed in ("b", "back"):
                 index = max(0, index - 1)
-            elif typed == "?":
-                more = True
             else:
                 note = self._change(screen, typed)
         return self.answers
 
-    def _turn(self, screen: Screen, step: int, steps: int, note: str, more: bool) -> str:
+    def _turn(self, screen: Screen, step: int, steps: int, note: str, turned: int) -> str:
         """Show one screen, again when its prediction has come, and return what was typed."""
 
         def show() -> None:
-            self.show(screen, self._view(), step=step, steps=steps, note=note, more=more)
+            self.show(screen, self._view(), step=step, steps=steps, note=note, turned=turned)
 
         first = self._coming is None
         if first:
             show()  # before anything heavy is imported: a person waits for this one
         coming = self._predict()
         self.idle(coming.done)
-        if coming.error is not None and place_of(coming.error) == "workload" and is_default_workload(self.answers):
+        if coming.error is not None and place_of(coming.error) == "workload" and workload.is_default(self.answers):
             context = self.forecast.model(self.answers.parsed).model.max_context_tokens
-            self.answers = with_workload_within(self.answers, context)
+            self.answers = workload.within(self.answers, context)
             self.idle(self._predict().done)
         if not first or coming.done():
             show()
@@ -125,10 +133,16 @@ class Conversation:
 
     def _change(self, screen: Screen, typed: str) -> str:
         """Take a typed line to heart; return what to say of it."""
+        if not typed.isprintable() or len(typed) > LONGEST_LINE:
+            return GARBAGE
         try:
+            if deed := screen.deeds.get(typed):
+                said = deed(self.forecast, self.tell)
+                self._asked_for = None  # what was predicted before rests on less
+                return said
             self.answers = screen.change(self._view(), typed)
         except LeanplanError as error:
-            return f"{error.message}\n{error.hint}"
+            return told(error)
         return ""
 
     def _blocked(self, screen: Screen) -> str:
@@ -139,9 +153,7 @@ class Conversation:
         coming.wait(PATIENCE_S)
         error = coming.error
         # Where the hub or the machine stands in the way, not the answer, one may go on.
-        return (
-            f"{error.message}\n{error.hint}" if isinstance(error, BadInput) and place_of(error) == screen.name else ""
-        )
+        return told(error) if isinstance(error, BadInput) and place_of(error) == screen.name else ""
 
     # ------------------------------------------------------------ what is predicted
 

@@ -14,22 +14,24 @@ from knowledge_base.types import Value
 from planner.cli._talk import clean
 from planner.forecast import Outlook
 from planner.reports.terminal import ascii_only, in_ascii
-from planner.wizard.screens import Grid, Screen, View
+from planner.wizard.screens._screen import Grid, Screen, View, told
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.segment import Segment
     from rich.text import Text
+
+    Line = list[Segment]
 
 BESIDE = 104  # columns from which the panel stands beside the question
 NARROW = 60  # columns below which a grid is a list
-PANEL = 48  # columns of the panel beside
+PANEL = 50  # columns of the panel beside
 HIGH = 30  # rows from which paragraphs are set apart
 PREDICTED = {  # metric -> what the panel calls it, and the end of its unit that this says already
     "artefact_bytes": ("size", ""), "ttft_s": ("TTFT", ""), "tpot_s": ("TPOT", ""),
     "throughput_tokens_per_s": ("tokens/s", " tokens/s"), "energy_j_per_token": ("energy/token", "/token"),
     "cost_usd_per_token": ("cost/1M tokens", "/1M tokens"), "quality_loss_ratio": ("loss", ""),
 }  # fmt: skip
-KEYS = "Enter accepts   b back   ? more   Ctrl-C stops and keeps your answers"
 
 
 class Face:
@@ -38,51 +40,82 @@ class Face:
     def __init__(self, *, colour: str = "auto", console: Console | None = None) -> None:
         self.ascii = ascii_only(sys.stderr)
         self.console = console or _console(colour)
+        self.redraw: Callable[[], None] = _nothing  # draws the last screen once more, for a terminal of another size
 
-    def draw(self, screen: Screen, view: View, *, step: int, steps: int, note: str = "", more: bool = False) -> None:
-        """Show one screen. `note`: what the last typed line brought about; `more`: the long explanation as well."""
+    def draw(self, screen: Screen, view: View, *, step: int, steps: int, note: str = "", turned: int = 0) -> None:
+        """Show one screen.
+
+        Args:
+            note: what the last typed line brought about.
+            turned: how often the person has asked for more: the pages that do not fit, then the long explanation.
+        """
+        self.redraw = lambda: self.draw(screen, view, step=step, steps=steps, note=note, turned=turned)
+        dots = "●" * step + "○" * (steps - step)
+        head = self._lines(
+            [self._text(f"leanplan  {dots}  {step} of {steps}", "dim"), self._text(screen.title, "bold")]
+        )
+        foot = [self._text(note, "yellow"), *self._gap()] if note else []
+        foot = [*self._gap(), *foot, self._text(screen.ask, "cyan")]
+        lowest = self._lines([*foot, self._keys("page 9 of 9")])
+        scrolls = self.console.is_dumb_terminal or not self.console.is_terminal
+        room = sys.maxsize if scrolls else max(4, self.console.height - len(head) - len(lowest) - 1)
+        pages = self._pages(screen, view, room)
+        page = turned % len(pages)
+        if not scrolls:
+            self.console.control(_clear())
+        more = f"page {page + 2} of {len(pages)}" if page + 1 < len(pages) and len(pages) > 2 else "more"
+        self._print([*head, *pages[page], *self._lines([*foot, self._keys(more)])])
+
+    def _pages(self, screen: Screen, view: View, room: int) -> list[list[Line]]:
+        """Return what there is to see, in pages of at most `room` lines; the last explain the screen at length."""
+        why = [self._text(screen.why, "dim"), self._text("")]
+        more = self._lines([self._text(""), self._text(screen.more)])
+        whole = self._blocks(screen, view, why)
+        if sum(map(len, whole)) > room:  # the figures matter more than why one is asked, which `?` says
+            whole = self._blocks(screen, view, [])
+        explained = [*self._blocks(screen, view, why)[:-1], more]
+        if sum(map(len, explained)) > room:
+            explained = [self._lines(why[:1]), more]
+        return [*_paged(whole, room), *_paged(explained, room)]
+
+    def _blocks(self, screen: Screen, view: View, why: Sequence[Text]) -> list[list[Line]]:
+        """Return the parts of a screen as lines: question, remarks, what is predicted; the latter beside where it can be."""
+        grid = self._grid(screen.grid(view))
+        remarks = [self._text(r, "yellow" if r.startswith("✗") else "dim") for r in screen.remarks(view)]
+        remarks = [*self._gap(), *remarks] if remarks else []
+        if self.console.width < BESIDE:
+            return [
+                self._lines([*why, grid]), self._lines(remarks), self._lines([self._text(""), self._summary(view)])
+            ]  # fmt: skip
         from rich.console import Group
         from rich.table import Table
 
-        columns = self.console.width
-        question = self._question(screen, view, step, steps, note, more)
-        if columns >= BESIDE:
-            beside = Table.grid(padding=(0, 2), expand=True)
-            beside.add_column(ratio=1)
-            beside.add_column(width=PANEL)
-            beside.add_row(question, self._panel(view))
-            whole: RenderableType = beside
-        elif columns >= NARROW:
-            whole = question if more else Group(question, self._text(""), self._summary(view))
-        else:  # what is asked comes last, where the eye is
-            whole = Group(self._summary(view), self._text(""), question)
-        if not self.console.is_dumb_terminal and self.console.is_terminal:
-            self.console.control(_clear())
-        self.console.print(whole)
-        self.console.print(*self._gap(), self._text(screen.ask, "cyan"), sep="\n")
-        self.console.print(self._text(KEYS, "dim"))
+        beside = Table.grid(padding=(0, 2), expand=True)
+        beside.add_column(ratio=1)
+        beside.add_column(width=PANEL)
+        beside.add_row(Group(*why, grid, *remarks), self._panel(view))
+        return [self._lines([beside]), []]
+
+    def _keys(self, more: str) -> Text:
+        gap = "   " if self.console.width >= NARROW else ", "
+        return self._text(
+            gap.join(("Enter accepts", "b back", f"? {more}", "Ctrl-C stops and keeps your answers")), "dim"
+        )
+
+    def _lines(self, parts: Sequence[RenderableType]) -> list[Line]:
+        """Return what is to be printed as lines of the terminal's width."""
+        return [line for part in parts for line in self.console.render_lines(part, pad=False)]
+
+    def _print(self, lines: Sequence[Line]) -> None:
+        from rich.segment import Segment, Segments
+
+        self.console.print(Segments([segment for line in lines for segment in (*line, Segment.line())]), end="")
 
     def say(self, text: str, style: str = "") -> None:
         """Print one paragraph below the screen."""
         self.console.print(self._text(text, style))
 
     # ------------------------------------------------------------ the question
-
-    def _question(self, screen: Screen, view: View, step: int, steps: int, note: str, more: bool) -> Any:
-        from rich.console import Group
-
-        dots = "●" * step + "○" * (steps - step)
-        parts: list[Any] = [
-            self._text(f"leanplan  {dots}  {step} of {steps}", "dim"), self._text(screen.title, "bold"),
-            self._text(screen.why, "dim"), self._text(""), self._grid(screen.grid(view)),
-        ]  # fmt: skip
-        if remarks := screen.remarks(view):
-            parts += [*self._gap(), *(self._text(r, "yellow" if r.startswith("✗") else "dim") for r in remarks)]
-        if note:
-            parts += [*self._gap(), self._text(note, "yellow")]
-        if more:
-            parts += [self._text(""), self._text(screen.more)]
-        return Group(*parts)
 
     def _gap(self) -> list[Text]:
         """Return an empty line, where the terminal is high enough for some."""
@@ -108,6 +141,8 @@ class Face:
         if grid.headings:
             table.add_row(*(self._text(h, "dim") for h in ("  " + grid.headings[0], *grid.headings[1:])))
         for i, row in enumerate(grid.rows):
+            if not any(row) and not self._gap():
+                continue
             chosen = i in grid.chosen
             mark = "▸ " if chosen else "  "
             styles = [
@@ -205,10 +240,30 @@ def _mid(value: Value, dimension: str) -> str:
     return units.format(value.mid, dimension, digits=2)
 
 
+def _paged(blocks: Sequence[list[Line]], room: int) -> list[list[Line]]:
+    """Return blocks of lines in pages: each block whole where a page can hold it."""
+    pages: list[list[Line]] = [[]]
+    for block in blocks:
+        if pages[-1] and len(pages[-1]) + len(block) > room:
+            pages.append([])
+            block = block[1:] if block and not "".join(segment.text for segment in block[0]).strip() else block
+        while block:
+            fitting = room - len(pages[-1])
+            pages[-1] += block[:fitting]
+            block = block[fitting:]
+            if block:
+                pages.append([])
+    return pages
+
+
+def _nothing() -> None:
+    """Draw nothing: there is no screen yet."""
+
+
 def _waiting(view: View) -> str:
     if view.problem is None:
         return "predicting ... (? looks again)"
-    return f"nothing can be predicted: {view.problem.message}\n{view.problem.hint}"
+    return f"nothing can be predicted: {told(view.problem)}"
 
 
 def _console(colour: str) -> Console:
@@ -230,9 +285,9 @@ def _clear() -> Any:
 def completions(screen: Screen, models: Sequence[str], text: str) -> list[str]:
     """Return what the Tab key offers for a started word: the screen's words, models, and paths."""
     known = [*screen.words, *(models if screen.name == "model" else ())]
-    if screen.name in ("model", "machine", "quality"):
+    if screen.name in ("model", "machine", "workload", "quality"):
         folder, _, start = text.rpartition("/")
         above = Path(folder or ("/" if text.startswith("/") else "."))
         there = sorted(above.glob(f"{glob.escape(start)}*")) if above.is_dir() else []
-        known += [str(path) + "/" * path.is_dir() for path in there]
+        known += [str(path) + "/" * path.is_dir() for path in there if str(path).isprintable()]
     return [word for word in dict.fromkeys(known) if word.startswith(text)]

@@ -298,6 +298,39 @@ def test_any_two_metrics_can_be_picked(browser: Browser, pages: dict[str, Path])
     assert browser.complaints() == []
 
 
+def test_size_and_colour_show_two_more_metrics(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["few"])
+    pick = """
+      const select = document.getElementById(arguments[0]);
+      select.value = arguments[1] && [...select.options].find((o) => o.text === arguments[1]).value;
+      select.dispatchEvent(new Event("change"));
+      const key = document.querySelector(`.key-${arguments[0]}`);
+      return [[...document.querySelectorAll(".point:not(.was) .mark")].map((m) => arguments[0] === "size" ? m.style.scale : m.style.color), key.hidden, key.textContent];
+    """
+    plain, hidden, _ = browser.run(pick, "size", "")
+    assert set(plain) == {""} and hidden
+    sizes, hidden, key = browser.run(pick, "size", "peak_memory")
+    assert len(set(sizes)) > 5 and 0.6 <= min(map(float, sizes)) < max(map(float, sizes)) <= 1.8
+    assert not hidden and key.startswith("small ") and key.count("MiB") == 2
+    colours, hidden, key = browser.run(pick, "colour", "tpot")
+    assert len(set(colours)) > 5 and not hidden and key.count(" ms") == 2
+    assert browser.run(pick, "colour", "")[:2] == [[""] * len(colours), True]
+    assert browser.complaints() == []
+
+
+def test_the_figures_can_be_read_back_from_the_page(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["few"])
+    data = browser.run("return JSON.parse(document.getElementById('data').textContent)")
+    names = [metric["name"] for metric in data["metrics"]]
+    answer = synthetic_answers.answer(12)
+    shown = {plan["id"]: plan["at"] for plan in data["plans"]}
+    for result in answer.results:
+        assert result.measurement
+        for name, figure in result.measurement.figures.items():
+            assert shown[result.plan.id][names.index(name)][5:] == [figure.value, figure.low, figure.high]
+    assert {metric["name"]: metric["unit"] for metric in data["metrics"]}["tpot_s"] == "s"
+
+
 def test_the_first_picture_is_the_one_without_a_script(browser: Browser, pages: dict[str, Path]) -> None:
     marks = "return [...document.querySelectorAll('.point')].map((p) => [p.dataset.plan, p.style.left, p.style.bottom]).sort()"
     lines = "return ['.front', '.limits path'].map((s) => document.querySelector(s).getAttribute('d'))"
@@ -340,8 +373,6 @@ def test_the_keyboard_goes_from_plan_to_plan(browser: Browser, pages: dict[str, 
 
 
 def test_it_prints_with_everything_unfolded(browser: Browser, pages: dict[str, Path]) -> None:
-    import base64
-
     browser.open(pages["few"], dark=True, script=False)
     browser.command(
         "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
@@ -350,5 +381,18 @@ def test_it_prints_with_everything_unfolded(browser: Browser, pages: dict[str, P
     assert browser.run("return document.querySelector('nav').checkVisibility()") is False
     folded = "return [...document.querySelectorAll('details table')].filter((t) => t.getBoundingClientRect().height < 10).length"
     assert browser.run(folded) == 0
+    assert pages_of_paper(browser) >= 3
+
+
+def test_what_would_fill_pages_of_paper_stays_folded(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["many"])
+    assert pages_of_paper(browser) < 40
+    assert browser.run("return document.querySelectorAll('details.long').length") >= 3
+
+
+def pages_of_paper(browser: Browser) -> int:
+    import base64
+
     paper = base64.b64decode(browser.command("Page.printToPDF", printBackground=True)["data"])
-    assert paper.startswith(b"%PDF") and paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") >= 3
+    assert paper.startswith(b"%PDF")
+    return paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ")

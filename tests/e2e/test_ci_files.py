@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,9 @@ def test_every_leanplan_command_in_a_template_is_one(name: str) -> None:
 def test_init_writes_them_and_overwrites_nothing(ci: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", str(tmp_path), "--ci", ci]) == 0
     for name, target in CI[ci].items():
-        assert (tmp_path / target).read_bytes() == (TEMPLATES / name).read_bytes()
+        written = (tmp_path / target).read_text(encoding="utf-8")
+        assert written.replace(f"leanplan=={version('leanplan')}", "leanplan") == (TEMPLATES / name).read_text("utf-8")
+    assert any("pip install leanplan==" in (tmp_path / target).read_text("utf-8") for target in CI[ci].values())
     (tmp_path / "leanplan.yaml").unlink()
     first = tmp_path / next(iter(CI[ci].values()))
     first.write_text("mine")
@@ -178,12 +182,11 @@ def replace_lock(folder: Path) -> Plan:
 
 def test_the_workflow_compares_with_the_main_branch(repository: Path) -> None:
     (script,) = (s["run"] for s in steps(CHECK) if s.get("name") == "leanplan check")
-    done = bash(script, repository, PR_NUMBER="12", GITHUB_STEP_SUMMARY=str(repository / "summary"))
+    done = bash(script, repository, GITHUB_STEP_SUMMARY=str(repository / "summary"))
     assert done.returncode == 0, done.stderr
     comment = (repository / "leanplan-comment/comment.md").read_text(encoding="utf-8")
     assert "changed: with weight\\_int8" in comment
     assert (repository / "summary").read_text(encoding="utf-8") == comment
-    assert (repository / "leanplan-comment/number").read_text() == "12\n"
 
 
 def test_the_workflow_works_before_there_is_a_lock(repository: Path) -> None:
@@ -191,7 +194,7 @@ def test_the_workflow_works_before_there_is_a_lock(repository: Path) -> None:
     git(repository, "commit", "--quiet", "-m", "no lock")
     git(repository, "commit", "--quiet", "--allow-empty", "-m", "pull request")
     (script,) = (s["run"] for s in steps(CHECK) if s.get("name") == "leanplan check")
-    done = bash(script, repository, PR_NUMBER="12")
+    done = bash(script, repository)
     assert done.returncode == 0, done.stderr
     assert "no lock to compare with" in (repository / "leanplan-comment/comment.md").read_text(encoding="utf-8")
 
@@ -199,7 +202,7 @@ def test_the_workflow_works_before_there_is_a_lock(repository: Path) -> None:
 def test_the_action_checks_and_passes_its_inputs_as_data(repository: Path) -> None:
     (repository / "a b; touch owned.yaml").write_text(SPEC)
     (script,) = (s["run"] for s in steps(ACTION) if "leanplan check" in s.get("run", ""))
-    given = {"SPEC": "a b; touch owned.yaml", "ARGS": "--predict --comment-when always", "PR_NUMBER": "12"}
+    given = {"SPEC": "a b; touch owned.yaml", "ARGS": "--predict --comment-when always"}
     done = bash(script, repository, COMMENT="true", **given)
     assert done.returncode == 0, done.stderr
     assert not (repository / "owned.yaml").exists()
@@ -224,6 +227,33 @@ def test_the_hook_validates_every_spec_it_is_given(repository: Path) -> None:
         assert not done.stdout
 
 
+CURL = """#!/bin/sh
+printf '%s\\n' "$@" > asked
+"""
+
+
+def test_the_job_that_posts_a_note_in_gitlab_asks_for_what_its_api_takes(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/ci.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```text\n(leanplan-note:.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    job = yaml.safe_load(text)["leanplan-note"]
+    assert job["needs"] == list(read(TEMPLATES / "gitlab.yml"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/curl").write_text(CURL)
+    (tmp_path / "bin/curl").chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LEANPLAN_NOTES": "secret", "CI_API_V4_URL": "https://git.example/api/v4",
+        "CI_MERGE_REQUEST_PROJECT_ID": "5", "CI_MERGE_REQUEST_IID": "12",
+    }  # fmt: skip
+    script = "\n".join(job["script"])
+    assert subprocess.run(["sh", "-ec", script], cwd=tmp_path, env=given, timeout=60).returncode == 0
+    assert not (tmp_path / "asked").exists()  # there was nothing to say
+    (tmp_path / "leanplan-comment.md").write_text("text")
+    assert subprocess.run(["sh", "-ec", script], cwd=tmp_path, env=given, timeout=60).returncode == 0
+    *_, header, _, body, address = (tmp_path / "asked").read_text().splitlines()
+    assert (header, body) == ("PRIVATE-TOKEN: secret", "body=<leanplan-comment.md")
+    assert address == "https://git.example/api/v4/projects/5/merge_requests/12/notes"
+
+
 # ---------------------------------------------------------------- the job that posts
 
 RUNNER = """
@@ -234,13 +264,14 @@ const record = name => async given => { calls.push([name, given]); return { data
 const github = {
   paginate: async (method, given) => (await method(given)).data,
   rest: {
-    pulls: { get: record('pull') },
+    pulls: { list: record('pulls') },
+    actions: { listWorkflowRunArtifacts: record('artifacts') },
     issues: {
       listComments: record('comments'), createComment: record('create'), updateComment: record('update'), deleteComment: record('delete'),
     },
   },
 }
-const context = { repo: { owner: 'o', repo: 'r' }, payload: { workflow_run: { head_sha: facts.sha } } }
+const context = { repo: { owner: 'o', repo: 'r' }, payload: { workflow_run: facts.run } }
 const core = { info: text => calls.push(['info', text]) }
 const AsyncFunction = Object.getPrototypeOf(async () => {}).constructor
 new AsyncFunction('github', 'context', 'core', 'require', facts.script)(github, context, core, require)
@@ -251,23 +282,32 @@ needs_node = pytest.mark.skipif(
 )
 
 
-def post(folder: Path, *comments: dict[str, Any], sha: str = SHA, state: str = "open") -> list[list[Any]] | str:
+PULL = {"number": 12, "head": {"sha": SHA, "repo": {"id": 7}}}
+
+
+def post(
+    folder: Path, *comments: dict[str, Any], pulls: Sequence[dict[str, Any]] = (PULL,), left: int = 0, **more: Any
+) -> list[list[Any]] | str:
     """Run the posting script on what was downloaded; return what it did, or why it refused."""
     (script,) = (s["with"]["script"] for s in steps(COMMENT) if "script" in s.get("with", {}))
-    facts = {"script": script, "sha": SHA, "pull": {"state": state, "head": {"sha": sha}}, "comments": list(comments)}
+    run = {
+        "id": 1, "head_sha": SHA, "head_branch": "mine", "head_repository": {"id": 7, "owner": {"login": "stranger"}},
+        "conclusion": "success", **more,
+    }  # fmt: skip
+    facts = {"script": script, "run": run, "pulls": pulls, "comments": comments, "artifacts": {"total_count": left}}
     done = subprocess.run(
         ["node", "-e", RUNNER], input=json.dumps(facts), cwd=folder, capture_output=True, text=True, timeout=60
     )
     if done.returncode:
         return done.stderr.strip()
-    return [[name, given] for name, given in json.loads(done.stdout) if name not in ("pull", "comments")]
+    asked, *calls = json.loads(done.stdout)
+    assert asked[0] == "pulls" and (asked[1]["head"], asked[1]["state"]) == ("stranger:mine", "open")
+    return [[name, given] for name, given in calls if name not in ("comments", "artifacts")]
 
 
-def leave(folder: Path, comment: str | None, number: str = "12\n") -> None:
+def leave(folder: Path, comment: str) -> None:
     (folder / "leanplan-comment").mkdir(exist_ok=True)
-    (folder / "leanplan-comment/number").write_text(number)
-    if comment is not None:
-        (folder / "leanplan-comment/comment.md").write_text(comment, encoding="utf-8")
+    (folder / "leanplan-comment/comment.md").write_text(comment, encoding="utf-8")
 
 
 @needs_node
@@ -299,13 +339,23 @@ def test_one_comment_is_kept_up_to_date_and_goes_when_there_is_nothing_to_say(tm
 @pytest.mark.rule("ci")
 def test_only_the_pull_request_of_the_run_is_commented(tmp_path: Path) -> None:
     text = formats.render("markdown", check(figures()))
-    assert post(tmp_path) == [["info", "nothing was left to post"]]
-    for number in ("12", "0\n", "1e3\n", "12\n13\n", "../1\n", "$(x)\n", "-1\n"):
-        leave(tmp_path, text, number)
-        assert post(tmp_path) == "number: not a number", number
     leave(tmp_path, text)
-    for elsewhere in ({"sha": "b" * 40}, {"state": "closed"}):
-        assert post(tmp_path, **elsewhere) == [["info", "#12 is not, or no longer, what that run checked"]]
+    (tmp_path / "leanplan-comment/number").write_text("13\n")  # what is downloaded does not say where to post
+    assert [call[1]["issue_number"] for call in post(tmp_path, pulls=[PULL])] == [12]
+    pushed_since = PULL | {"head": {"sha": "b" * 40, "repo": {"id": 7}}}
+    another_fork = PULL | {"head": {"sha": SHA, "repo": {"id": 8}}}
+    deleted_fork = PULL | {"head": {"sha": SHA, "repo": None}}
+    for pulls in ([], [pushed_since], [another_fork], [deleted_fork]):
+        assert post(tmp_path, pulls=pulls) == [["info", "0 open pull requests are what that run checked"]]
+    assert post(tmp_path, pulls=[PULL, PULL | {"number": 13}])[0][0] == "info"
+
+
+@needs_node
+def test_a_comment_stays_when_nobody_knows_better(tmp_path: Path) -> None:
+    mine = {"id": 2, "user": {"login": "github-actions[bot]"}, "body": "<!-- leanplan:leanplan.yaml -->\n"}
+    failed = post(tmp_path, mine, conclusion="failure")
+    assert failed == [["info", "the check did not get far enough to say anything"]]
+    assert post(tmp_path, mine, left=1) == "the comment is there and was not downloaded"
 
 
 TAG = "<!-- leanplan:leanplan.yaml -->\n"
@@ -329,7 +379,7 @@ def test_what_leanplan_would_not_write_is_not_posted(text: str, tmp_path: Path) 
 @needs_node
 @pytest.mark.rule("ci")
 def test_a_link_to_a_file_of_the_runner_is_not_read(tmp_path: Path) -> None:
-    leave(tmp_path, None)
+    (tmp_path / "leanplan-comment").mkdir()
     (tmp_path / "secret").write_text(formats.render("markdown", hostile()))
     (tmp_path / "leanplan-comment/comment.md").symlink_to(tmp_path / "secret")
     assert str(post(tmp_path)).startswith("comment.md: not a file")

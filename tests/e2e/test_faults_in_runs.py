@@ -35,7 +35,7 @@ ZEROED = '''
 from knowledge_base.types import Technique
 
 TECHNIQUE = Technique(
-    summary="zeros", stage="compress", family="zeroed", taxonomy="none", knobs={}, spends=("quality_loss_ratio",), sources=("test",)
+    summary="zeros", stage="compress", family="zeroed", knobs={}, spends=("quality_loss_ratio",), sources=("test",)
 )
 EVIDENCE = ()
 
@@ -82,7 +82,7 @@ def test_a_plan_whose_quality_collapses_is_shown_and_never_chosen(place: Path, t
     done = leanplan("plan", "zeroed.yaml", *runs, cwd=place, house=house, libraries=without)
     assert done.returncode == 0, done.stderr
     assert "failed: quality_collapse" in done.stderr
-    assert "× transformers: zeroed: quality_collapse" in done.stdout
+    assert "■ transformers: zeroed: quality_collapse" in done.stdout
     answer = result_of(tmp_path)
     baseline, zeroed = answer["results"]
     assert zeroed["measurement"]["failure"]["kind"] == "quality_collapse"

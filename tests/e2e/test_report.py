@@ -8,10 +8,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import synthetic_answers
+
+from planner.reports import junit
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "2026-11-21T1305Z-serve-toy-0000"
@@ -26,8 +29,6 @@ def leanplan(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with one finished run in it."""
-    from dataclasses import replace
-
     folder = tmp_path / "runs" / RUN
     replace(synthetic_answers.answer(12), folder=f"runs/{RUN}").save(folder)
     (folder / "run.json").write_text(json.dumps({"schema": 1, "fingerprint": "0", "title": "serve-toy"}))
@@ -98,6 +99,30 @@ def test_hostile_names_reach_no_terminal_and_no_markup(tmp_path: Path) -> None:
     assert "<img" not in page and "\x1b" not in page
     for form in ("md", "csv"):
         assert "\x1b" not in leanplan("report", "run", "--format", form, cwd=tmp_path).stdout
+
+
+SECRETS = ("hf_" + "a1B2c3D4" * 4, "ghp_" + "a1B2c3D4" * 4, "https://me:hunter22hunter22@example.org/x")
+
+
+@pytest.mark.rule("redaction")
+@pytest.mark.parametrize("secret", SECRETS, ids=("hub", "forge", "password"))
+def test_a_secret_in_any_text_of_a_run_is_in_no_report_of_it(tmp_path: Path, secret: str) -> None:
+    bare = secret.removeprefix("https://me:").removesuffix("@example.org/x")
+    answer = replace(synthetic_answers.hostile(text=f"see {secret} there"), run_id=RUN)
+    answer.save(tmp_path / "run")
+    saved = ("result.json", "summary.md", "report.html")
+    said = {name: (tmp_path / "run" / name).read_text(encoding="utf-8") for name in saved}
+    for form in ("html", "md", "json", "csv"):
+        said[form] = leanplan("report", "run", "--format", form, cwd=tmp_path).stdout
+    said["html"] = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    said |= {
+        "notebook": answer._repr_html_(),
+        "prompt": repr(answer),
+        "junit": junit.render(replace(answer, run_id=f"see {secret}")),
+    }
+    for name, text in said.items():
+        assert len(text) > 500, name
+        assert bare not in text.replace("\\", ""), name  # Markdown's escapes must hide nothing
 
 
 @pytest.mark.parametrize(

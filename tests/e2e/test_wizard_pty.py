@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,10 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
+import yaml
+
+from knowledge_base.serde import restore
+from knowledge_base.types import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = (
@@ -53,6 +59,19 @@ class Terminal:
                 assert all(word in self._flat() for word in words), f"it ended without {words}:\n{self.text}"
         return self.text
 
+    def until_changed(self, text: str) -> str:
+        """Read until the screen is another than `text`, and has come to rest."""
+        stop = time.monotonic() + PATIENCE_S
+        quiet = False
+        while not quiet or self.text == text:
+            assert time.monotonic() < stop, f"nothing happened on:\n{text}"
+            try:
+                self._take(self.child.read_nonblocking(65536, 0.3))
+                quiet = False
+            except pexpect.TIMEOUT:
+                quiet = True
+        return self.text
+
     def _take(self, data: bytes) -> None:
         self.raw += data
         self.stream.feed(data)
@@ -60,8 +79,13 @@ class Terminal:
     def _flat(self) -> str:
         return " ".join(self.text.split())
 
-    def type(self, line: str) -> None:
+    def type(self, line: str | bytes) -> None:
         self.child.sendline(line)
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.screen.reset()
+        self.screen.resize(rows, columns)
+        self.child.setwinsize(rows, columns)
 
     def end(self) -> int:
         """Read to the end and return the exit code."""
@@ -183,6 +207,178 @@ def test_sigterm_keeps_the_answers_too(start: Callable[..., Terminal], place: Pa
     assert (place / ".leanplan" / "wizard.json").is_file()
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (120, 40), (20, 24)])
+def test_every_screen_fits_and_its_pages_lead_round(start: Callable[..., Terminal], columns: int, rows: int) -> None:
+    terminal = start(columns=columns, rows=rows)
+    for title in TITLES:
+        first = terminal.until(title, "keeps your answers >")
+        assert first.startswith("leanplan"), "nothing has left the screen at the top"
+        for _ in range(20):
+            now = terminal.text
+            terminal.type("?")
+            terminal.until_changed(now)
+            if "? more" in terminal.text or columns > 20:
+                break
+        assert terminal.text.startswith("leanplan")
+        if title != TITLES[-1]:
+            terminal.type("")
+
+
+def test_a_resized_terminal_is_drawn_anew_and_keeps_what_was_typed(start: Callable[..., Terminal]) -> None:
+    terminal = start(columns=80, rows=24)
+    terminal.until(TITLES[0], "predicted for", "answers >")
+    terminal.child.send("fine")
+    terminal.until("> fine")
+    terminal.resize(120, 30)
+    terminal.until("╭", "best plan", "> fine")
+    terminal.resize(60, 30)
+    terminal.until("predicted for", "> fine")
+    assert "╭" not in terminal.text
+    terminal.type("tune")
+    terminal.until("▸ finetune", "cannot be run yet")
+
+
+def test_pasted_garbage_is_not_taken_for_answers(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start()
+    terminal.until(TITLES[0], "answers >")
+    for line in (b"\xff\xfe\xfd", b"\x1b[200~serve\n\n\n\x1b[201~", b"x" * 1500):
+        terminal.type(line)
+        terminal.until(TITLES[0], "not one line of printable text")
+        now = terminal.text
+        terminal.type("?")
+        terminal.until_changed(now)
+    assert not (place / "leanplan.yaml").exists()
+    assert b"Traceback" not in terminal.raw
+
+
+def test_tab_completes_what_one_may_type(start: Callable[..., Terminal]) -> None:
+    terminal = start()
+    terminal.until(TITLES[0], "answers >")
+    terminal.child.send("fin\t")
+    terminal.until("> finetune")
+    terminal.child.send("\x15")  # Ctrl-U: away with it
+    terminal.type("")
+    terminal.until(TITLES[1], "answers >")
+    terminal.child.send("models/t\t")
+    terminal.until("> models/tiny")
+
+
+def test_hostile_folder_names_are_shown_and_not_obeyed(start: Callable[..., Terminal], place: Path) -> None:
+    for name in ("[bold red]x", "<script>y", "z\x1b[2J\x1b]0;title\x07"):
+        folder = place / "models" / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((place / "models/tiny/config.json").read_bytes())
+    terminal = start()
+    terminal.until(TITLES[0], "answers >")
+    terminal.type("")
+    terminal.until("models/[bold red]x", "models/<script>y")
+    assert b"]0;title" not in terminal.raw
+    terminal.type("models/<script>y")
+    terminal.until("▸ 1", "no weights here")
+
+
+def test_models_planned_before_come_first(start: Callable[..., Terminal], place: Path) -> None:
+    from planner.tiny_models import make_tiny_model
+
+    make_tiny_model(place / "models" / "other")
+    (place / "models" / "zoo").mkdir()
+    (place / "models" / "tiny").rename(place / "models" / "zoo" / "deep")
+    terminal = start()
+    terminal.until(TITLES[0])
+    terminal.type("advise")
+    terminal.until("1 of 4")
+    terminal.type("")
+    terminal.until(TITLES[1])
+    terminal.type("models/zoo/deep")
+    terminal.until("models/zoo/deep", "parameters")
+    for title in TITLES[1:4]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    assert terminal.end() == 0
+    again = start()
+    again.until(TITLES[0])
+    again.type("")
+    again.until(TITLES[1], "▸ 1 models/zoo/deep", "2 models/other")
+
+
+def test_a_log_is_fitted_and_its_bad_line_is_named(start: Callable[..., Terminal], place: Path) -> None:
+    good = '{"prompt_tokens": 20, "completion_tokens": 8}\n'
+    (place / "bad.jsonl").write_text(good + "oops\n", encoding="utf-8")
+    (place / "good.jsonl").write_text(good * 4, encoding="utf-8")
+    terminal = start(columns=80, rows=24)
+    for title in TITLES[:3]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    terminal.until(TITLES[3], "answers >")
+    terminal.type("log bad.jsonl")
+    terminal.until("bad.jsonl:2: not JSON", "predicted for")
+    terminal.type("log good.jsonl")
+    terminal.until("fitted to good.jsonl: 4 requests", "prompt 20", "output 8")
+
+
+@pytest.mark.parametrize("goal", ["finetune", "pretrain"])
+def test_training_goals_end_in_advice_and_not_in_a_wall(start: Callable[..., Terminal], place: Path, goal: str) -> None:
+    terminal = start(columns=100, rows=400)
+    terminal.until(TITLES[0], "answers >")
+    terminal.type(goal)
+    terminal.until(f"✗ {goal} cannot be run yet", "1 of 4")
+    for title in TITLES[:4]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    assert terminal.end() == 0
+    for words in (
+        "cannot be run by this version",
+        "AdamW",
+        "at the very least",
+        "arXiv:",
+        "What binds",
+        "next: leanplan",
+    ):
+        assert words in terminal.text
+    assert not (place / "leanplan.yaml").exists()
+
+
+def test_the_same_spec_from_wizard_file_and_api_gives_the_same_plan_ids(
+    start: Callable[..., Terminal], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = start(columns=160, rows=300)
+    for title in TITLES[:2]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    terminal.until(TITLES[2], "answers >")
+    terminal.type("l4")
+    terminal.until("not this machine")
+    for title in TITLES[2:5]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    terminal.until(TITLES[5], "answers >")
+    terminal.type("peak_memory 20 GiB")
+    terminal.until("≤ 20 GiB")
+    for title in TITLES[5:8]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    terminal.until(TITLES[8])
+    terminal.type("both")
+    terminal.until("▸ both")
+    terminal.type("")
+    assert terminal.end() == 0, "prices are all there is to a run on another machine"
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "plan", "leanplan.yaml", "--json"], cwd=place, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    from_file = [restore(Plan, result["plan"]).id for result in json.loads(done.stdout)["results"]]
+    monkeypatch.chdir(place)
+    from planner import plan
+
+    said = yaml.safe_load((place / "leanplan.yaml").read_text(encoding="utf-8"))
+    model, budgets = said.pop("model")["source"], said.pop("budgets")
+    fields = {name: value for name, value in said.items() if name not in ("version", "goal")}
+    from_api = plan(model, budgets=budgets, **fields)
+    assert from_file == [result.plan.id for result in from_api.results]
+    ids = [word for word in terminal.text.split() if re.fullmatch("[0-9a-f]{10}", word)]
+    assert set(ids) == set(from_file)
+
+
 def test_a_file_that_is_there_is_not_overwritten_without_asking(start: Callable[..., Terminal], place: Path) -> None:
     (place / "leanplan.yaml").write_text("mine\n", encoding="utf-8")
     terminal = start()
@@ -215,7 +411,7 @@ def test_poor_terminals_survive(start: Callable[..., Terminal], settings: dict, 
     terminal = start(**settings)
     terminal.until("What is it for?")
     terminal.type("finetune")
-    terminal.until("not available yet", "write serve")
+    terminal.until("cannot be run yet")
     terminal.type("?")
     terminal.until("takes a model as it is")
     terminal.type("")
@@ -234,7 +430,7 @@ def test_poor_terminals_survive(start: Callable[..., Terminal], settings: dict, 
 
 
 def test_advice_from_the_wizard(start: Callable[..., Terminal]) -> None:
-    terminal = start(columns=120, rows=100)
+    terminal = start(columns=120, rows=400)
     terminal.until(TITLES[0])
     terminal.type("advise")
     terminal.until("1 of 4")
@@ -268,7 +464,8 @@ from pathlib import Path
 from planner.forecast import Forecast
 from planner.wizard.conversation import Conversation
 from planner.wizard.drawing import Face
-from planner.wizard.screens import defaults, local_models
+from planner.wizard.screens import defaults
+from planner.wizard.screens.model import local_models
 
 def show(*args, **settings):
     Face().draw(*args, **settings)
@@ -284,6 +481,20 @@ Conversation(defaults(models), Forecast(Path("store")), models, ask=None, show=s
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
     assert TITLES[0] in done.stderr
+
+
+@pytest.mark.slow
+def test_the_machine_can_be_measured_from_inside(start: Callable[..., Terminal], place: Path) -> None:
+    terminal = start(columns=120)
+    for title in TITLES[:2]:
+        terminal.until(title, "answers >")
+        terminal.type("")
+    terminal.until(TITLES[2], "glanced at", "answers >")
+    terminal.type("probe")
+    terminal.until("measuring memory bandwidth")
+    terminal.until("this machine is measured", "best plan")
+    assert "glanced at" not in terminal.text
+    assert list((place / ".leanplan" / "machines").glob("*.json"))
 
 
 @pytest.mark.slow

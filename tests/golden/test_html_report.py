@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from pathlib import Path
 
 import pytest
 import synthetic_answers
+from goldens import accepted
 
 from planner.reports import csv as csv_report
 from planner.reports import html
@@ -36,10 +36,7 @@ RENDERED = {
 @pytest.mark.parametrize("name", RENDERED)
 def test_report_is_as_accepted(name: str) -> None:
     text = RENDERED[name]()
-    path = HERE / name
-    if os.environ.get("LEANPLAN_ACCEPT"):
-        path.write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text
+    assert text == accepted(HERE / name, text)
 
 
 @pytest.mark.parametrize("measured", [True, False])

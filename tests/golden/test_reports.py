@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import re
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import synthetic_answers
+from goldens import accepted
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from knowledge_base.types import Budget, Failure, Figure, Measurement, Plan, Step
 from planner import answering
+from planner.cli import build_parser
 from planner.judging import judge
-from planner.reports import json, junit, markdown, terminal
+from planner.reports import _table, html, json, junit, markdown, terminal
 from planner.results import ParetoSet, PlanResult, Rejection
 
 HERE = Path(__file__).parent
@@ -77,10 +82,46 @@ RENDERED = {
 @pytest.mark.parametrize("name", RENDERED)
 def test_report_is_as_accepted(name: str) -> None:
     text = RENDERED[name]()
-    path = HERE / name
-    if os.environ.get("LEANPLAN_ACCEPT"):
-        path.write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text
+    assert text == accepted(HERE / name, text)
+
+
+def test_a_plan_has_the_same_mark_in_every_report() -> None:
+    many = synthetic_answers.answer(40)
+    page, text, table = html.render(many), markdown.render(many), terminal.render(many, width=240)
+    assert set(re.findall(r'href="#s-([^"]+)"', page)) <= set(re.findall(r'<symbol id="s-([^"]+)"', page))
+    kinds = {_table.kind(r, many) for r in many.results}
+    assert len(kinds) == 7  # every kind there is
+    for result in many.results:
+        kind = _table.kind(result, many)
+        mark, words = _table.KINDS[kind]
+        assert f'data-plan="{result.plan.id}"><svg class="mark k-{kind}"' in page
+        if kind != "failed":  # listed below the table, with its reason
+            assert f"| {mark} | {result.plan.id} |" in text
+            assert re.search(rf"^ *{re.escape(mark)} +{result.plan.id} ", table, re.MULTILINE)
+            assert f"{mark} {words}" in text and f"{mark} {words}" in table
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_next_commands_can_be_typed_as_they_are(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        (tmp_path / "leanplan").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [".venv/bin/leanplan", "plan"])
+    program = "leanplan" if installed else ".venv/bin/leanplan"
+    text = terminal.render(replace(answer(), folder="my runs/one"), width=160).partition("\nNext:\n")[2]
+    commands = [shlex.split(line.rpartition("  (")[0]) for line in text.splitlines()]
+    assert [command[:2] for command in commands] == [[program, "explain"], [program, "build"], [program, "report"]]
+    for command in commands:
+        options = build_parser().parse_args(command[1:])
+        assert (getattr(options, "run_dir", None) or str(Path(options.run).parent)) == "my runs"
+
+
+def test_marks_stay_apart_in_ascii() -> None:
+    marks = [terminal.in_ascii(kind.mark) for kind in _table.KINDS.values()]
+    assert len(set(marks)) == len(marks)
+    assert "?" not in marks
 
 
 def test_json_reads_back_as_the_same_answer(tmp_path: Path) -> None:

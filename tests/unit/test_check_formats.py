@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import xml.etree.ElementTree as tree
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from check_situations import BUDGETS, HOSTILE, SMALL, SPEC, check, figures, lock, make_place, situations
+from check_situations import BUDGETS, HOSTILE, SMALL, SPEC, check, figures, hostile, lock, make_place, situations
 
 from knowledge_base.errors import ExitCode
 from knowledge_base.types import Budget, Plan, Step
 from planner import schemas
 from planner.checking import CheckResult, changes
 from planner.cli import main
+from planner.cli._talk import emit, write_crash_report
 from planner.lock import read_lock
 from planner.reports import check as formats
 from planner.reports.check import json as as_json
@@ -410,6 +412,30 @@ def test_a_budget_from_python_has_no_line_and_still_gets_one() -> None:
     assert issue["location"]["lines"]["begin"] == 1
     assert "≤ 954 MiB" in formats.render("markdown", check(figures(), budgets=[budget]))
     assert as_json.summary(check(figures(), budgets=[budget]))["exit_code"] == 1
+
+
+@pytest.mark.rule("redaction")
+@pytest.mark.parametrize("name", formats.names())
+def test_a_credential_in_any_text_of_a_check_is_not_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "hf_" + "a1B2" * 6
+    result = hostile(text=f"see {secret} there")
+    emit(argparse.Namespace(), None, formats.render(name, result))
+    said = capsys.readouterr().out.replace("\\", "")
+    assert "***" in said
+    assert secret not in said
+
+
+@pytest.mark.rule("redaction")
+def test_a_credential_in_a_bug_is_in_no_crash_report() -> None:
+    secret = "ghp_" + "a1B2" * 6
+    try:
+        raise ValueError(f"see {secret} there")
+    except ValueError as error:
+        report = write_crash_report(error)
+    text = report.read_text(encoding="utf-8")
+    report.unlink()
+    assert "ValueError: see *** there" in text
+    assert secret not in text
 
 
 @pytest.mark.rule("redaction")

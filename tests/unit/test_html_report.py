@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knowledge_base.metrics import METRICS
+from knowledge_base.types import Budget
 from planner import answering
 from planner.reports import html
 from planner.reports.html import answer as answer_part
@@ -92,6 +93,20 @@ def test_the_recommended_plan_is_the_one_at_the_limit_asked_for() -> None:
     for ladder in sensitivity.facts(view)["ladders"]:
         assert sum(rung["now"] for rung in ladder["rungs"]) == 1, ladder["budget"]
         assert "costs nothing" in ladder["sentence"]
+
+
+@given(value=SIZES, budget=st.sampled_from(synthetic_answers.BUDGETS))
+def test_a_limit_told_is_one_that_would_be_met(value: float, budget: Budget) -> None:
+    (text,) = sensitivity._limits(budget, [value])
+    told = sensitivity._number(budget, text[2:].removesuffix("× baseline"))
+    assert told >= value if budget.bound == "max" else told <= value
+    assert told == pytest.approx(value, rel=0.011)
+
+
+def test_limits_that_differ_are_told_apart() -> None:
+    memory = synthetic_answers.BUDGETS[1]
+    first, second = sensitivity._limits(memory, [213.1 * 2**20, 213.2 * 2**20])
+    assert (first, second) == ("≤ 213.1 MiB", "≤ 213.2 MiB")
 
 
 def test_the_stepped_line_leaves_no_plan_within_the_budgets_beyond_it() -> None:

@@ -123,7 +123,7 @@ def test_the_picture_shows_stages_time_plans_budgets_and_the_front() -> None:
     assert "286 MiB ±2.0% ✓" in first
     assert "4 % ±2.0% ✓" in first
     assert second.startswith("● transformers: unchanged") is RESULTS[0].on_front
-    assert third.startswith("○ transformers: poor")
+    assert third.startswith("× transformers: poor")
     assert "30 % ±2.0% ✗" in third
     assert "measured" in text
     assert "up: less throughput_p50" in text
@@ -141,6 +141,34 @@ def test_the_plan_in_hand_is_told_with_what_is_predicted_for_it() -> None:
     assert "predicted: tpot 3 ms [2 ms – 4 ms]" in text
     progress.measured(RESULTS, "")
     assert "predicted" not in picture(progress)
+
+
+def test_what_is_done_with_no_plan_in_hand_is_told_too() -> None:
+    progress = live()
+    progress.measured(RESULTS, "")
+    progress.tick("block 3 of 9")
+    assert "▸ block 3 of 9" in picture(progress)
+
+
+def test_time_left_counts_from_the_first_stage() -> None:
+    progress = live()
+    progress.stages = []
+    progress.limited_from -= 1000  # as if measuring the machine had taken so long
+    progress.stage("unchanged model")
+    text = picture(progress)
+    progress.done()
+    assert "0:00, at most" in text
+
+
+def test_where_columns_are_few_budgets_come_before_lesser_objectives() -> None:
+    headings = {}
+    for width in (80, 110, 200):
+        progress = live(width)
+        progress.measured(RESULTS, "")
+        headings[width] = next(line for line in picture(progress).splitlines() if line.startswith("measured")).split()
+    assert [h for h in headings[80] if h not in "↓↑"] == ["measured", "tpot", "peak_memory"]
+    assert [h for h in headings[110] if h not in "↓↑"] == ["measured", "tpot", "peak_memory", "quality_loss"]
+    assert "throughput" in headings[200]
 
 
 def test_the_last_failure_is_told() -> None:

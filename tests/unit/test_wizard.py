@@ -12,15 +12,22 @@ from pathlib import Path
 
 import pytest
 
+from knowledge_base import units
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Value
+from planner import machine
 from planner import spec as specs
 from planner.forecast import Forecast, known_machine
+from planner.results import Rejection
 from planner.wizard import answers as kept_answers
-from planner.wizard import drawing
+from planner.wizard import drawing, training
 from planner.wizard.answers import Answers
 from planner.wizard.conversation import Conversation, wait_for
-from planner.wizard.screens import SCREENS, Screen, View, as_yaml, contradictions, defaults, local_models
+from planner.wizard.screens import SCREENS, defaults
+from planner.wizard.screens._screen import Screen, View
+from planner.wizard.screens.budgets import contradictions
+from planner.wizard.screens.model import is_hub_id, local_models
+from planner.wizard.screens.review import as_yaml
 
 NAMES = [screen.name for screen in SCREENS]
 
@@ -48,6 +55,7 @@ class Script:
     def __init__(self, lines: list[str]) -> None:
         self.lines: Iterator[str] = iter(lines)
         self.seen: list[tuple[str, View, str]] = []
+        self.told: list[str] = []
 
     def ask(self, screen: Screen) -> str:
         try:
@@ -55,7 +63,7 @@ class Script:
         except StopIteration:
             raise EOFError from None
 
-    def show(self, screen: Screen, view: View, *, step: int, steps: int, note: str, more: bool) -> None:
+    def show(self, screen: Screen, view: View, *, step: int, steps: int, note: str, turned: int) -> None:
         self.seen.append((screen.name, view, note))
 
     @property
@@ -78,8 +86,9 @@ def sit_down(place: Path, forecast: Forecast, monkeypatch: pytest.MonkeyPatch):
         script = Script(list(lines))
         first = answers or replace(defaults(models)).with_key("workload", {"prompt_tokens": 32, "output_tokens": 8})
         conversation = Conversation(
-            first, forecast, models, ask=script.ask, show=script.show, idle=lambda ready: wait_for(ready, 60)
-        )
+            first, forecast, models, ask=script.ask, show=script.show, idle=lambda ready: wait_for(ready, 60),
+            tell=script.told.append,
+        )  # fmt: skip
         with contextlib.suppress(EOFError):
             conversation.lead(start)
         return conversation, script
@@ -126,7 +135,6 @@ def test_answers_change_the_spec_and_the_prediction(sit_down) -> None:
 @pytest.mark.parametrize(
     ("screen", "line", "told"),
     [
-        ("goal", "finetune", "planned, but not available yet"),
         ("goal", "surf", "is not known here"),
         ("model", "nowhere", "neither a folder here nor a hub id"),
         ("machine", "h100-sx", "did you mean"),
@@ -162,6 +170,8 @@ def test_a_wrong_line_is_told_and_changes_nothing(sit_down, screen: str, line: s
         ("workload", "edge", "workload", {"prompt_tokens": 128, "output_tokens": 64, "concurrency": 1}),
         ("workload", "5", "workload", {"prompt_tokens": 128, "output_tokens": 64, "concurrency": 1}),
         ("quality", "text own.txt", "quality", {"data": "own.txt"}),
+        ("quality", "2 %", "budgets", {"quality_loss": {"max": "2 %"}}),
+        ("quality", "none", "budgets", {"quality_loss": {"max": "0 %"}}),
         ("quality", "loss none", "budgets", {"quality_loss": {"max": "0 %"}}),
         ("quality", "loss any", "budgets", None),
         ("budgets", "ttft <= 200 ms warn", "budgets", {"quality_loss": {"max": "5 %"}, "ttft_p50": {"max": "200 ms", "level": "warn"}}),
@@ -240,6 +250,35 @@ def test_a_model_that_cannot_be_read_does_not_pass_the_model_screen(sit_down, tm
     assert script.seen[-1][1].problem is not None
 
 
+@pytest.mark.parametrize("goal", ["finetune", "pretrain"])
+def test_a_goal_that_cannot_be_run_says_so_and_leads_to_advice(sit_down, goal: str) -> None:
+    done, script = sit_down(goal, "", "", "", "")
+    assert script.visited == NAMES[:4]
+    assert (done.answers.then, done.answers.training) == ("advise", goal)
+    view = replace(script.seen[-1][1], answers=done.answers)
+    assert f"✗ {goal} cannot be run yet" in SCREENS[0].remarks(view)[0]
+    assert view.outlook is not None
+    lines = training.needs(view.outlook, goal)
+    size = view.outlook.model.params_total
+    assert units.format(16 * size, "bytes", digits=2) in lines[1], (
+        "weights, gradients and two moments in mixed precision"
+    )
+    assert any("time" in line and "at the very least" in line for line in lines)
+    back, _ = sit_down("serve", answers=done.answers)
+    assert (back.answers.then, back.answers.training) == ("both", "")
+
+
+def test_memory_of_training_is_judged_against_the_machine(sit_down) -> None:
+    _, script = sit_down("", "", start="machine")
+    outlook = script.seen[-1][1].outlook
+    assert outlook is not None
+    large = replace(outlook, model=replace(outlook.model, params_total=outlook.memory_bytes // 8))
+    whole, lora16, lora4 = training.needs(large, "finetune")[1:4]
+    assert "does not fit" in whole  # 16 bytes each
+    assert "fits" in lora16  # 2.16
+    assert "fits" in lora4
+
+
 def test_advice_ends_after_the_workload(sit_down) -> None:
     done, script = sit_down("advise", "", "", "", "")
     assert script.visited == NAMES[:4]
@@ -268,6 +307,117 @@ def test_the_same_spec_from_wizard_file_and_api_gives_the_same_plans(sit_down, p
     assert ids == [result.plan.id for result in from_api]
 
 
+def test_a_log_of_requests_becomes_the_workload_and_the_spec_says_so(sit_down, place: Path) -> None:
+    row = {"prompt_tokens": 40, "completion_tokens": 8}
+    (place / "requests.jsonl").write_text(f"{json.dumps(row)}\n" * 3, encoding="utf-8")
+    done, script = sit_down("log requests.jsonl", start="workload")
+    assert done.answers.spec["workload"] == {"prompt_tokens": 40, "output_tokens": 8, "concurrency": 1}
+    assert "fitted to requests.jsonl: 3 requests" in SCREENS[3].remarks(script.seen[-1][1])[0]
+    assert as_yaml(done.answers).startswith("# workload fitted to requests.jsonl: 3 requests")
+    (place / "fitted.yaml").write_text(as_yaml(done.answers), encoding="utf-8")
+    assert specs.load(place / "fitted.yaml") == done.answers.parsed
+    changed, _ = sit_down("output 9", answers=done.answers, start="workload")
+    assert "fitted" not in as_yaml(changed.answers), "the numbers are the person's own now"
+
+
+def test_probe_measures_this_machine_and_what_follows_is_priced_by_it(
+    sit_down, forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(store: Path, *, tell: object, **settings: object) -> machine.Profile:
+        tell("measuring disk")  # type: ignore[operator]
+        facts = {"noise": {"warnings": ["others were busy"]}}
+        slow = replace(hardware.device, memory_bytes_per_s=1e7)
+        return machine.Profile(hardware=replace(hardware, devices=(slow,)), facts=facts, taken_at="now")
+
+    hardware, note = forecast.machine("local")
+    monkeypatch.setattr(machine, "profile", measure)  # the real one takes half a minute: tests of probes run it
+    monkeypatch.setitem(forecast._machines, "local", (hardware, note))
+    _, script = sit_down("probe", start="machine")
+    (said,) = script.notes
+    assert "this machine is measured" in said
+    assert "others were busy" in said
+    assert script.told == ["measuring disk"]
+    before, *_, after = [view.outlook for _, view, _ in script.seen if view.outlook]
+    assert after.unchanged.values["tpot_s"].mid > 2 * before.unchanged.values["tpot_s"].mid
+
+
+def test_prices_show_their_default_and_its_source_until_they_are_given(sit_down) -> None:
+    _, script = sit_down("price $0.35/h", start="machine")
+    before, after = (dict(SCREENS[2].grid(view).rows) for view in (script.seen[0][1], script.seen[-1][1]))
+    assert "electricity is counted" in before["price"]
+    assert re.search(r"\$0\.\d+/kWh, world average, .*20\d\d", before["electricity"])
+    assert re.search(r"gCO2e/kWh, world average: .*20\d\d", before["carbon"])
+    assert after["price"].startswith("$0.35/h")
+
+
+def test_limits_say_how_many_plans_and_minutes_to_expect(sit_down) -> None:
+    _, script = sit_down("plans 2", start="limits")
+    view = script.seen[-1][1]
+    count, seconds = view.outlook.effort()
+    assert 1 <= count <= 2
+    assert 0 < seconds <= view.outlook.spec.search.time_limit_s
+    assert any(f"about {count} of up to" in line for line in SCREENS[7].remarks(view))
+    shown = {row[0]: row[2] for row in SCREENS[7].grid(view).rows}
+    assert "there)" in shown["memory"]
+    assert "free here)" in shown["disk"]
+
+
+def test_an_engine_that_is_missing_is_told_with_the_line_that_installs_it(sit_down) -> None:
+    _, script = sit_down("", start="limits")
+    view = script.seen[-1][1]
+    assert view.outlook
+    missing = Rejection(what="llama_cpp", why="xllamacpp not installed; pip install xllamacpp", kind="engine")
+    lines = SCREENS[7].remarks(replace(view, outlook=replace(view.outlook, refused=(missing,))))
+    assert "left out: llama_cpp: xllamacpp not installed; pip install xllamacpp" in lines
+    assert any("no network" in line and "no pickle files" in line for line in lines)
+
+
+def test_calibration_is_offered_with_what_it_lets_take_part(sit_down) -> None:
+    _, script = sit_down("calibration bundled", start="quality")
+    before, *_, after = [view for _, view, _ in script.seen if view.outlook]
+    assert "`calibration bundled` lets them take part" in SCREENS[4].remarks(before)[0]
+    assert SCREENS[4].remarks(after) == []
+    assert after.outlook.space.count() > before.outlook.space.count()
+
+
+@pytest.mark.parametrize("line", ["\0", "a\nb", "x\x1b[2Jy", "\udcff", "x" * 2000, "\u202eabc"])
+@pytest.mark.parametrize("screen", ["goal", "model", "review"])
+def test_garbage_is_refused_whole(sit_down, screen: str, line: str) -> None:
+    done, script = sit_down(line, start=screen)
+    assert "not one line of printable text" in script.notes[0]
+    assert done.answers == script.seen[0][1].answers
+
+
+@pytest.mark.parametrize(
+    ("screen", "line"),
+    [
+        ("model", "x" * 600), ("model", "~nobody-of-that-name/x"), ("machine", f"{'x' * 600}.json"),
+        ("workload", f"log {'x' * 600}"), ("quality", f"text {'x' * 600}"), ("review", f"file {'x' * 600}.yaml"),
+        ("review", f"file {'x' * 600}/a.yaml"),
+    ],
+)  # fmt: skip
+def test_a_path_no_system_has_is_refused(sit_down, screen: str, line: str) -> None:
+    done, script = sit_down(line, start=screen)
+    assert "\n" in script.notes[0]
+    assert done.answers == script.seen[0][1].answers
+
+
+def test_a_model_without_weights_is_priced_with_a_warning(sit_down, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((place / "models/tiny/config.json").read_bytes())
+    _, script = sit_down(str(tmp_path), start="model")
+    view = script.seen[-1][1]
+    assert view.outlook and view.outlook.best
+    assert "✗ no weights here" in SCREENS[1].remarks(view)[-1]
+    assert "✗ no weights here" in SCREENS[8].remarks(view)[0]
+
+
+def test_only_folders_of_models_are_offered(tmp_path: Path) -> None:
+    for name, text in (("a", '{"model_type": "llama"}'), ("b", '{"theme": "dark"}'), ("c", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text, encoding="utf-8")
+    assert local_models(tmp_path) == ("a",)
+
+
 # ---------------------------------------------------------------- what is kept
 
 
@@ -282,7 +432,7 @@ def test_answers_are_kept_and_taken_up_again(sit_down, tmp_path: Path) -> None:
     assert kept_answers.kept(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "spec": {"model": 3}, "file": "a", "then": "b", "screen": "c"}'])  # fmt: skip
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "screen": "c", "answers": {"spec": {"model": 3}}}'])  # fmt: skip
 def test_kept_answers_that_cannot_be_used_are_no_start(tmp_path: Path, text: str) -> None:
     (tmp_path / kept_answers.FILE).write_text(text, encoding="utf-8")
     assert kept_answers.kept(tmp_path) is None
@@ -291,24 +441,42 @@ def test_kept_answers_that_cannot_be_used_are_no_start(tmp_path: Path, text: str
 def test_kept_answers_say_only_what_was_answered(sit_down, tmp_path: Path) -> None:
     done, _ = sit_down()
     data = json.loads(kept_answers.keep(tmp_path, done.answers, "goal").read_text(encoding="utf-8"))
-    assert set(data) == {"schema", "screen", "spec", "file", "then"}
+    assert set(data) == {"schema", "screen", "answers"}
+    assert data["answers"]["spec"] == done.answers.spec
+
+
+def test_models_planned_before_are_remembered_newest_first(tmp_path: Path) -> None:
+    assert kept_answers.recent(tmp_path) == ()
+    for name in ("a", "org/b", "a", *"cdef"):
+        kept_answers.remember(tmp_path, name)
+    assert kept_answers.recent(tmp_path) == ("f", "e", "d", "c", "a")
+    for text in ("{", "3", '[1, "x\\u001b[2J", "fine"]'):
+        (tmp_path / kept_answers.RECENT).write_text(text, encoding="utf-8")
+        assert kept_answers.recent(tmp_path) == (("fine",) if "fine" in text else ())
 
 
 # ---------------------------------------------------------------- how it looks
 
 
-def drawn(script: Script, width: int, height: int = 40, *, more: bool = False, encoding: str = "utf-8") -> str:
+def drawn(
+    script: Script, width: int, height: int = 40, *, turned: int = 0, encoding: str = "utf-8", terminal: bool = False
+) -> str:
     """Return the last screen as text, as a terminal of that size shows it."""
     from rich.console import Console
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
-    face = drawing.Face(console=Console(file=out, width=width, height=height, color_system=None, legacy_windows=False))
+    console = Console(
+        file=out, width=width, height=height, color_system=None, legacy_windows=False, force_terminal=terminal,
+        _environ={"TERM": "xterm"},
+    )  # fmt: skip
+    face = drawing.Face(console=console)
     face.ascii = encoding == "ascii"
     name, view, note = script.seen[-1]
     screen = next(s for s in SCREENS if s.name == name)
-    face.draw(screen, view, step=NAMES.index(name) + 1, steps=9, note=note, more=more)
+    face.draw(screen, view, step=NAMES.index(name) + 1, steps=9, note=note, turned=turned)
     out.flush()
-    return out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    text = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    return text.removeprefix("\x1b[H\x1b[2J")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -316,14 +484,45 @@ def drawn(script: Script, width: int, height: int = 40, *, more: bool = False, e
 def test_every_screen_fits_its_terminal(sit_down, name: str, width: int) -> None:
     _, script = sit_down(start=name)
     screen = next(s for s in SCREENS if s.name == name)
-    for more in (False, True):
-        text = drawn(script, width, more=more)
+    for turned in (0, 1):
+        text = drawn(script, width, turned=turned)
         assert max(map(len, text.splitlines())) <= width
         flat = " ".join(text.split())
         assert screen.title in flat
-        if width > 20 and not more:
+        if width > 20 and not turned:
             for words in ("fits", "size", "TTFT", "TPOT", "tokens/s", "energy/token", "cost/1M tokens", "[", "Ctrl-C"):
                 assert words in flat
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (20, 24), (120, 24), (120, 40)])
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_lose_nothing_and_the_screen_never_scrolls(sit_down, name: str, width: int, height: int) -> None:
+    _, script = sit_down(start=name)
+    screen = next(s for s in SCREENS if s.name == name)
+    pages = []
+    while len(pages) < 12:
+        pages.append(drawn(script, width, height, turned=len(pages), terminal=True))
+        assert len(pages[-1].splitlines()) < height, "the line one types in needs a row too"
+        if len(pages) > 1 and pages[-1] == pages[0]:
+            break
+    assert len(pages) > 2, "one page of question at least, one that explains, and round again"
+    seen = "".join("".join(pages).split())
+    cells = [cell for row in screen.grid(script.seen[-1][1]).rows for cell in (row if width > 20 else row[:1])]
+    for word in " ".join((screen.more, *cells)).split():
+        assert word in seen
+    assert "TPOT" in seen
+    if (width, height) == (80, 24) and name != "review":
+        assert "predicted for" in pages[0], "the figures stand beside every question"
+
+
+def test_a_part_of_a_screen_is_broken_over_pages_only_where_no_page_can_hold_it() -> None:
+    from rich.segment import Segment
+
+    def block(name: str, lines: int) -> list[list[Segment]]:
+        return [[Segment(f"{name}{i}")] for i in range(lines)]
+
+    pages = drawing._paged([block("a", 3), block("b", 2), [], block("c", 7)], 4)
+    assert ["".join(line[0].text for line in page) for page in pages] == ["a0a1a2", "b0b1", "c0c1c2c3", "c4c5c6"]
 
 
 def test_an_ascii_terminal_gets_ascii(sit_down) -> None:
@@ -335,7 +534,7 @@ def test_hostile_names_are_shown_not_obeyed(sit_down, place: Path) -> None:
     folders = [place / "models" / name for name in ("[bold]x<b>", "x\x1b[2J", "x\u202ey")]
     for folder in folders:
         folder.mkdir()
-        (folder / "config.json").write_text("{}", encoding="utf-8")
+        (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     _, script = sit_down(start="model")
     for folder in folders:
         (folder / "config.json").unlink()
@@ -381,3 +580,18 @@ def test_a_machine_without_a_profile_is_glanced_at_and_says_so(tmp_path: Path) -
 def test_an_unknown_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="unknown machine"):
         known_machine("h100-sx", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_id"),
+    [
+        ("org/name", True),
+        ("org/name.v1-2", True),
+        ("name", False),
+        ("a/b/c", False),
+        ("../x", False),
+        ("org/a--b", False),
+    ],
+)
+def test_what_is_taken_for_a_hub_id(source: str, is_id: bool) -> None:
+    assert is_hub_id(source) is is_id

@@ -184,7 +184,8 @@ def _plan_table(answer: ParetoSet) -> str:
         )
     more = f"\n\n{len(shown) - PLANS} more" if len(shown) > PLANS else ""
     kind = "measured" if answer.measured else "predicted"
-    return _folded(f"All plans, {kind} ({len(shown)})", "\n".join(rows) + more)
+    plans, budgets = _table.legend(answer)
+    return _folded(f"All plans, {kind} ({len(shown)})", "\n".join(rows) + f"{more}\n\n{'; '.join(plans + budgets)}.")
 
 
 def _words(result: PlanResult, answer: ParetoSet) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,16 +15,6 @@ from planner.reports.html._axes import Axis
 from planner.results import ParetoSet, PlanResult, Verdict
 from search.limits import limit_of
 
-# What a plan is decides its shape: kind -> (name of the shape, words for the legend).
-KINDS: Mapping[str, tuple[str, str]] = {
-    "recommended": ("diamond", "recommended"),
-    "baseline": ("star", "the model as it came"),
-    "front": ("circle", "on the Pareto front"),
-    "dominated": ("dot", "within the budgets, but another plan is better"),
-    "undecided": ("triangle", "cannot be told from a limit"),
-    "infeasible": ("cross", "beyond a budget"),
-    "failed": ("square", "failed; only predicted"),
-}
 FAR = 4.0  # a limit further away than this many times the figures' range is told, not drawn
 
 
@@ -61,12 +51,8 @@ class Row:
         return self.result.plan.words
 
     @property
-    def shape(self) -> str:
-        return KINDS[self.kind][0]
-
-    @property
     def role(self) -> str:
-        return KINDS[self.kind][1]
+        return _table.KINDS[self.kind].words
 
 
 class View:
@@ -79,7 +65,7 @@ class View:
     def of(cls, answer: ParetoSet) -> View:
         failed = [r for r in answer.results if r.measurement and r.measurement.failure]
         rows = [
-            Row(result=r, kind=_kind(r, answer), points=_points(r, answer.measured), predicted=_predicted(r))
+            Row(result=r, kind=_table.kind(r, answer), points=_points(r, answer.measured), predicted=_predicted(r))
             for r in [*_table.ordered(answer), *failed]
         ]
         return cls(answer, tuple(rows))
@@ -101,6 +87,11 @@ class View:
     def shown(self) -> tuple[Row, ...]:
         """The plans that have figures."""
         return tuple(r for r in self.rows if r.points)
+
+    def legend(self, rows: Iterable[Row]) -> list[tuple[str, str]]:
+        """Return (kind, words) of what these plans are."""
+        there = {row.kind for row in rows}
+        return [(name, kind.words) for name, kind in _table.KINDS.items() if name in there]
 
     @cached_property
     def recommended(self) -> Row | None:
@@ -163,20 +154,20 @@ class View:
         return axes
 
     def data(self) -> dict[str, Any]:
-        """Return what the script needs, everything in shares of an axis and in words."""
+        """Return every figure: in words and as shares of an axis, for the script, and as numbers, for whoever reads them."""
         metrics = []
         for name in self.metrics:
             axis = self.axes[name]
             limit, bound, text = self.limits.get(name, (None, "", ""))
             metrics.append(
                 {
-                    "name": name, "label": METRICS[name].label, "better": METRICS[name].better, "log": axis.log,
+                    "name": name, "label": METRICS[name].label, "unit": units.DIMENSIONS[METRICS[name].dimension].base, "better": METRICS[name].better, "log": axis.log,
                     "ticks": axis.ticks(), "limit": None if limit is None else [axis.at(limit), bound, text],
                 }
             )  # fmt: skip
         plans = [
             {
-                "id": row.id, "words": clean(row.words), "kind": row.kind, "role": row.role, "shape": row.shape,
+                "id": row.id, "words": clean(row.words), "kind": row.kind, "role": row.role,
                 "feasible": row.result.feasible,
                 "at": [self._share(row.points, name) for name in self.metrics],
                 "was": [self._share(row.predicted, name) for name in self.metrics],
@@ -189,25 +180,19 @@ class View:
         if name not in points:
             return None
         axis, p = self.axes[name], points[name]
-        return [axis.at(p.value), axis.at(p.low), axis.at(p.high), p.text, p.source]
+        return [
+            axis.at(p.value),
+            axis.at(p.low),
+            axis.at(p.high),
+            p.text,
+            p.source,
+            *map(float, (p.value, p.low, p.high)),
+        ]
 
 
 def of_ratio(verdict: Verdict) -> bool:
     """Whether a verdict was judged by the paired ratio to the unchanged model, in which case its limit is one too."""
     return verdict.budget.relative and verdict.figure is not None and verdict.limit == verdict.budget.value
-
-
-def _kind(result: PlanResult, answer: ParetoSet) -> str:
-    if result.measurement and result.measurement.failure:
-        return "failed"
-    if result.plan.id == answer.recommended_id:
-        return "recommended"
-    if result is answer.baseline:
-        return "baseline"
-    if result.feasible:
-        return "front" if result.on_front else "dominated"
-    beyond = any(v.outcome == "not met" for v in result.verdicts if v.budget.level == "error")
-    return "infeasible" if beyond else "undecided"
 
 
 def _points(result: PlanResult, measured: bool) -> dict[str, Point]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from knowledge_base import units
 from knowledge_base.metrics import METRICS
-from planner.reports._table import MARKS
+from planner.reports import _table
 from planner.reports.html._view import Row, View, of_ratio
 from planner.reports.html._words import changes
 from planner.results import Verdict
@@ -14,7 +14,6 @@ from planner.results import Verdict
 TITLE = "The answer"
 LEAD = "The plan to take, and how it stands to each of your budgets."
 LIMIT_AT = 75.0  # per cent of a strip's length at which the limit stands, where the figure leaves it there
-ALTERNATIVES = 4
 _SERVER_FLAGS = (
     ("thread_count", "count", " -t {}"),
     ("batch_size", "count", " -np {}"),
@@ -32,12 +31,7 @@ def facts(view: View) -> dict[str, Any]:
         "whose": "the recommended plan" if best else "the model as it came",
         "strips": [_strip(v) for v in shown.result.verdicts] if shown else [],
         "commands": _commands(view, best) if best else [],
-        "alternatives": [
-            {"row": row, "changes": changes(best, row, [*view.objectives, "peak_memory_bytes"])}
-            for row in view.front
-            if best and row is not best
-        ][:ALTERNATIVES],
-        "marks": MARKS,
+        "alternatives": _alternatives(view, best) if best else [],
     }
 
 
@@ -62,6 +56,16 @@ def _card(view: View, best: Row, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _alternatives(view: View, best: Row) -> list[dict[str, Any]]:
+    """Return the smallest, the fastest and the closest to the original, and how each differs from the plan to take."""
+    rows = {id(row.result): row for row in view.rows}
+    found = [(names, rows[id(result)]) for names, result in _table.named(view.answer)]
+    shown = [*view.objectives, "peak_memory_bytes"]
+    return [
+        {"names": names, "row": row, "best": row is best, "changes": changes(best, row, shown)} for names, row in found
+    ]
+
+
 def _strip(verdict: Verdict) -> dict[str, Any]:
     """Return one budget as a bar towards its limit: everything in per cent of the strip's length."""
     budget, seen = verdict.budget, verdict.figure or verdict.value
@@ -82,7 +86,7 @@ def _strip(verdict: Verdict) -> dict[str, Any]:
 
     source = verdict.figure.source if verdict.figure else "predicted"
     return {
-        "label": budget.label, "outcome": verdict.outcome, "mark": MARKS[verdict.outcome], "level": budget.level,
+        "label": budget.label, "outcome": verdict.outcome, "mark": _table.MARKS[verdict.outcome], "level": budget.level,
         "limit": f"{'at most' if budget.bound == 'max' else 'at least'} {text(verdict.limit) if verdict.limit else budget.text}",
         "written": budget.text, "bound": budget.bound, "known": seen is not None,
         "value": text(value), "interval": f"{text(low)} – {text(high)}" if high > low else "",

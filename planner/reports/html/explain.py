@@ -9,7 +9,7 @@ from typing import Any
 from knowledge_base.errors import BadInput
 from knowledge_base.metrics import LABELS, METRICS
 from knowledge_base.registry import techniques
-from knowledge_base.types import Evidence, Step
+from knowledge_base.types import Evidence, Step, Technique
 from planner.reports.html._view import Row, View
 from planner.reports.html._words import Change, changes
 
@@ -45,8 +45,26 @@ def _step(view: View, best: Row, step: Step) -> dict[str, Any]:
         "step": str(step), "technique": technique, **_effects(best, step),
         "evidence": [_evidence(e) for e in evidence[:MOST_EVIDENCE]], "more": max(0, len(evidence) - MOST_EVIDENCE),
         "sources": [{"text": s, "link": _link(s)} for s in technique.sources] if technique else [],
-        "rivals": _rivals(view, best, step),
+        "rivals": _rivals(view, best, step), "methods": _methods(technique) if technique else [],
     }  # fmt: skip
+
+
+def _methods(technique: Technique) -> list[dict[str, Any]]:
+    """Return the methods a technique executes: their names, and what the field knows around each as a picture."""
+    from markupsafe import Markup
+
+    from knowledge_base.field import field
+    from knowledge_base.pictures import picture
+
+    known = field()
+    return [
+        {
+            "name": known.method(m).name,
+            "place": " / ".join(known.path(known.method(m).topic)),
+            "picture": Markup(picture(m)),
+        }
+        for m in technique.implements
+    ]  # its labels are escaped where it is drawn
 
 
 def _technique(name: str) -> Any:

@@ -18,13 +18,14 @@ def facts(view: View) -> dict[str, Any]:
     names = [n for n in view.columns if len({row.points[n].value for row in view.shown if n in row.points}) > 1]
     names = names[:MOST_AXES]
     if len(names) < 2:
-        return {"axes": [], "lines": []}
+        return {"axes": [], "lines": [], "legend": []}
     places = {name: round(100 * (i + 0.5) / len(names), 3) for i, name in enumerate(names)}
     rest = [row for row in view.shown if row.kind not in ("recommended", "baseline")]
     last = [row for row in view.shown if row.kind in ("baseline", "recommended")]  # drawn on top of the others
     return {
         "axes": [_axis(view, name, places[name]) for name in names],
         "lines": [{"row": row, "path": _path(view, row, places)} for row in [*rest[::-1], *last[::-1]]],
+        "legend": view.legend(view.shown),
     }
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from knowledge_base import units
+from knowledge_base.metrics import METRICS
 from knowledge_base.serde import plain
 from planner.reports.html._view import View
 
@@ -62,5 +63,7 @@ def _notes(view: View) -> list[tuple[str, str]]:
     measurement = row.result.measurement if row else None
     if measurement is None:
         estimate = row.result.estimate if row else None
-        return [(name, v.because) for name, v in estimate.values.items() if v.because] if estimate else []
-    return [(name, f.note) for name, f in measurement.figures.items() if f.note]
+        return (
+            [(METRICS[name].label, v.because) for name, v in estimate.values.items() if v.because] if estimate else []
+        )
+    return [(METRICS[name].label, f.note) for name, f in measurement.figures.items() if f.note]

@@ -26,7 +26,7 @@ def facts(view: View) -> dict[str, Any]:
         groups.setdefault(rejection.kind, []).append(rejection)
     stages = [
         ("could be composed, at most", search.get("legal_at_most")),
-        ("priced", search.get("priced")),
+        ("priced", search.get("priced") or None),  # a check prices none
         ("measured" if view.answer.measured else "shown", len(view.answer.results)),
         ("within every budget", sum(r.feasible and bool(r.verdicts) for r in view.answer.results)),
         ("on the Pareto front", len(view.front)),

@@ -61,7 +61,7 @@ def _ratio(row: Row, baseline: Row, name: str) -> dict[str, Any] | None:
     metric = METRICS[name]
     good = None if low <= 1 <= high else (value < 1) == (metric.better == "lower")
     source = ours.source if ours.source != "measured" else theirs.source
-    text = f"{value:.1%}" if value < 1 else f"{value:.0%}" if value < 2 else f"{value:.3g}×"
+    text = f"{value:.1%}" if value < 1.1 else f"{value:.0%}" if value < 2 else f"{value:.3g}×"
     return {
         "label": metric.label, "summary": metric.summary, "resource": metric.resource, "value": value, "good": good,
         "low": max(low, 1e-12), "high": high, "text": text.replace("%", " %"), "how": how, "source": source,

@@ -6,7 +6,7 @@ from typing import Any
 
 from knowledge_base.metrics import METRICS
 from planner.reports import _table
-from planner.reports.html._view import KINDS, Row, View
+from planner.reports.html._view import Row, View
 
 TITLE = "What you can have"
 LEAD = "Each mark is a plan. No plan within the budgets lies beyond the stepped line: on it are the best trade-offs."
@@ -17,11 +17,10 @@ def facts(view: View) -> dict[str, Any]:
     names = list(dict.fromkeys([*view.objectives, *view.metrics]))
     names = [n for n in names if n in view.metrics]
     plot = _plot(view, names[0], names[1]) if len(names) > 1 else None
-    kinds = {row.kind for row in view.rows}
     return {
         "plot": plot,
         "choices": [(n, METRICS[n].label) for n in view.metrics],
-        "legend": [(shape, kind, words) for kind, (shape, words) in KINDS.items() if kind in kinds],
+        "legend": view.legend(view.rows),
         "headings": [_table.heading(n) for n in view.columns],
         "lines": [_line(view, row) for row in view.rows],
     }

@@ -1,5 +1,6 @@
 // What the page cannot do alone: other axes for the scatter plot, and telling a plan wherever it is pointed at.
-// Everything was computed before; positions come as shares of an axis: [at, low, high, text, source].
+// Everything was computed before; a point is [at, low, high, text, source, value, its low, its high], the first three in
+// shares of an axis, the last three in the metric's unit.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -70,7 +71,7 @@
   // ---- printing shows what is folded away
 
   addEventListener("beforeprint", () => {
-    for (const fold of document.querySelectorAll("details:not([open])")) {
+    for (const fold of document.querySelectorAll("details:not([open], .long)")) {
       fold.open = true;
       fold.dataset.folded = "";
     }
@@ -87,6 +88,7 @@
   if (!figure) return;
   const find = (selector) => figure.querySelector(selector);
   const across = find("#across"), up = find("#up"), was = find("#was"), marks = find(".marks");
+  const size = find("#size"), colour = find("#colour");
 
   const side = (axis, name, vertical) => {
     const ticks = find(`.ticks-${name}`), title = find(`.${name}-title`);
@@ -113,11 +115,25 @@
     const steps = front.slice(1).map(([a, b]) => `H${percent(a)}V${100 - percent(b)}`).join("");
     return `M${percent(front[0][0])} ${worstY}V${100 - percent(front[0][1])}${steps}H${worstX}`;
   };
+  // Size and colour show two more metrics. A plan without a figure of one keeps its own look.
+  const dress = (picture, plan) => {
+    const [sized, coloured] = [size, colour].map((control) => control.value && plan.at[Number(control.value)]);
+    if (sized) picture.style.scale = 0.6 + 1.2 * sized[0];
+    if (coloured) picture.style.color = `color-mix(in oklab, var(--accent), var(--best) ${percent(coloured[0])}%)`;
+  };
+  const ends = (control) => {
+    const key = find(`.key-${control.id}`);
+    const points = control.value ? data.plans.map((plan) => plan.at[Number(control.value)]).filter(Boolean) : [];
+    points.sort((a, b) => a[0] - b[0]);
+    key.hidden = !points.length;
+    if (points.length) key.querySelectorAll("span").forEach((end, i) => (end.textContent = points[i ? points.length - 1 : 0][3]));
+  };
   const mark = (plan, p, q, predicted) => {
     const hollow = predicted || p[4] !== "measured" || q[4] !== "measured";
     const point = make("span", undefined, predicted ? "point was" : "point");
     const picture = draw("svg", { class: `mark k-${plan.kind}${hollow ? " hollow" : ""}`, viewBox: "0 0 16 16", "aria-hidden": "true" });
-    picture.append(draw("use", { href: `#s-${plan.shape}` }));
+    picture.append(draw("use", { href: `#s-${plan.kind}` }));
+    if (!predicted) dress(picture, plan);
     point.append(picture);
     point.dataset.plan = plan.id;
     point.style.left = `${percent(p[0])}%`;
@@ -176,6 +192,7 @@
     marks.replaceChildren(...points);
     find(".bars").replaceChildren(...lines);
     find(".front").setAttribute("d", best(feasible, x, y));
+    [size, colour].forEach(ends);
     const first = marks.querySelector(".point:not(.was):last-child") || marks.querySelector(".point:not(.was)");
     if (first) first.tabIndex = 0;
   };
@@ -190,7 +207,7 @@
     next.tabIndex = 0;
     next.focus();
   });
-  for (const control of [across, up, was]) if (control) control.addEventListener("change", redraw);
+  for (const control of [across, up, size, colour, was]) if (control) control.addEventListener("change", redraw);
   find(".controls").addEventListener("submit", (event) => event.preventDefault());
   find(".controls").hidden = false;
   redraw();

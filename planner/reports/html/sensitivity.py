@@ -15,6 +15,7 @@ from planner.results import PlanResult, Verdict
 
 TITLE = "What each budget is worth"
 LEAD = "The limits at which another plan would be recommended, all other budgets kept."
+MOST_DIGITS = 7
 
 
 def facts(view: View) -> dict[str, Any]:
@@ -27,18 +28,19 @@ def _ladder(view: View, budget: Budget) -> dict[str, Any]:
     rungs = _rungs(view, budget)
     now = view.recommended
     here = next((i for i, (_, row) in enumerate(rungs) if row is now), None)
+    limits = _limits(budget, [need for need, _ in rungs])
     shown = [
         {
-            "limit": _limit(budget, need), "row": row, "now": row is now,
+            "limit": limit, "row": row, "now": row is now,
             "changes": changes(now, row, [*view.objectives, budget.metric]) if now and row is not now else [],
         }
-        for need, row in rungs
+        for limit, (_, row) in zip(limits, rungs, strict=True)
     ]  # fmt: skip
     return {
         "budget": budget.label,
         "written": budget.text,
         "rungs": shown,
-        "sentence": _sentence(view, budget, rungs, here),
+        "sentence": _sentence(view, limits, rungs, here),
     }
 
 
@@ -103,23 +105,42 @@ def _cannot_win(view: View, best: PlanResult, other: PlanResult) -> bool:
     return sign * theirs > sign * ours + answering.TIE * abs(ours)
 
 
-def _limit(budget: Budget, value: float) -> str:
+def _limits(budget: Budget, values: list[float]) -> list[str]:
+    """Return limits as text, with the fewest digits, three at least, that tell them apart."""
     sign = "≤" if budget.bound == "max" else "≥"
-    text = f"{value:.3g}× baseline" if budget.relative else units.format(value, METRICS[budget.metric].dimension)
-    return f"{sign} {text}"
+    for digits in range(3, MOST_DIGITS + 1):
+        texts = [_limit(budget, value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return [f"{sign} {text}" for text in texts]
 
 
-def _sentence(view: View, budget: Budget, rungs: list[tuple[float, Row]], here: int | None) -> str:
+def _limit(budget: Budget, value: float, digits: int) -> str:
+    """Return a limit rounded to the loose side: whoever types it in gets what was measured within it."""
+    dimension = METRICS[budget.metric].dimension
+    outward = 1 if budget.bound == "max" else -1
+    for tenths in range(11 if value > 0 else 1):  # of the last digit shown
+        moved = value * (1 + outward * tenths * 10.0**-digits)
+        text = f"{moved:.{digits}g}" if budget.relative else units.format(moved, dimension, digits=digits)
+        if value > 0 and outward * (_number(budget, text) - value) >= 0:
+            break
+    return f"{text}× baseline" if budget.relative else text
+
+
+def _number(budget: Budget, text: str) -> float:
+    return float(text) if budget.relative else units.parse(text, METRICS[budget.metric].dimension, field=budget.label)
+
+
+def _sentence(view: View, limits: list[str], rungs: list[tuple[float, Row]], here: int | None) -> str:
     if not rungs:
         return ""
     if here is None or view.recommended is None:
-        need, row = rungs[0]
-        return f"With {_limit(budget, need)} the recommended plan would be {row.words}."
-    parts = [f"Tightening it to {_limit(budget, rungs[here][0])} costs nothing."]
+        return f"With {limits[0]} the recommended plan would be {rungs[0][1].words}."
+    parts = [f"Tightening it to {limits[here]} costs nothing."]
     if here + 1 < len(rungs):
-        need, row = rungs[here + 1]
+        row = rungs[here + 1][1]
         gain = ", ".join(f"{c.label} {c.text}" for c in changes(view.recommended, row, view.objectives))
-        parts.append(f"With {_limit(budget, need)} you would get {row.words}: {gain or 'about the same'}.")
+        parts.append(f"With {limits[here + 1]} you would get {row.words}: {gain or 'about the same'}.")
     else:
         parts.append("Loosening it gains nothing among these plans.")
     if here > 0:

@@ -1,0 +1,269 @@
+"""One plan priced at many batches, concurrencies, contexts or lengths of answer: a table, a plot, and where it stops fitting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
+
+from knowledge_base import units
+from knowledge_base.errors import BadInput
+from knowledge_base.metrics import METRICS
+from knowledge_base.types import Plan, Step, Value, Workload
+from planner.estimating.asking import Asked
+from planner.estimating.drawing import Curve, Picture, lines, svg
+from planner.estimating.pricing import PEAK, Priced, price
+
+Key = Literal["batch", "concurrency", "context", "output"]
+MOST = 64  # points of a sweep
+MOST_TICKS = 12  # of them that are written along a plot
+LARGEST = 10**9
+COLUMNS = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "kv_cache_bytes", PEAK)
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a key means: what it does to what is asked, which metric is worth a plot, and its words."""
+
+    at: Callable[[Asked, int], Asked]
+    plotted: str
+    words: str
+
+
+def _batch(asked: Asked, count: int) -> Asked:
+    if any(step.technique == "batch_size" for step in asked.steps):
+        raise BadInput(
+            "the plan has a batch already", hint="leave `--step batch_size` out, the sweep sets it", where="--sweep batch"
+        )  # fmt: skip
+    workload = replace(asked.workload, concurrency=max(count, asked.workload.concurrency))
+    steps = (*asked.steps, Step("batch_size", {"count": count})) if count > 1 else asked.steps
+    return replace(asked, steps=steps, workload=workload)
+
+
+def _concurrency(asked: Asked, count: int) -> Asked:
+    return replace(asked, workload=replace(asked.workload, concurrency=count))
+
+
+def _context(asked: Asked, tokens: int) -> Asked:
+    prompt = tokens - asked.workload.output_tokens
+    if prompt < 1:
+        raise BadInput(
+            f"a context of {tokens} tokens has no room for a prompt beside {asked.workload.output_tokens} output tokens",
+            hint=f"begin at {asked.workload.output_tokens + 1} or lower --output-tokens", where=f"--sweep context={tokens}",
+        )  # fmt: skip
+    return replace(asked, workload=replace(asked.workload, prompt_tokens=prompt))
+
+
+def _output(asked: Asked, tokens: int) -> Asked:
+    return replace(asked, workload=replace(asked.workload, output_tokens=tokens))
+
+
+KEYS: dict[Key, Swept] = {
+    "batch": Swept(_batch, "throughput_tokens_per_s", "requests decoded together"),
+    "concurrency": Swept(_concurrency, "throughput_tokens_per_s", "requests at a time"),
+    "context": Swept(_context, "tpot_s", "tokens of prompt and answer"),
+    "output": Swept(_output, "latency_s", "tokens of an answer"),
+}
+
+
+class SweepPoint(TypedDict):
+    """The plan at one value. Where it does not fit, only sizes and quality are told."""
+
+    at: int  # value of the key
+    plan: Plan
+    workload: Workload
+    values: dict[str, Value]  # metric -> prediction
+    fits: bool  # predicted peak memory is within the machine's limit
+
+
+class Sweep(TypedDict):
+    """What is predicted of one plan as one thing grows."""
+
+    model: str
+    hardware: str
+    words: str  # the plan that is swept, in words
+    key: Key
+    memory_limit_bytes: float
+    points: list[SweepPoint]
+    largest_that_fits: int | None  # null: nothing in the sweep fits
+
+
+def read_sweep(text: str) -> tuple[Key, list[int]]:
+    """Return the key and its values: `batch=1..64` doubles from 1 to 64, `batch=1,3,5` is as written.
+
+    Raises:
+        BadInput: an unknown key, or values that are no whole numbers from 1, in order.
+    """
+    name, equals, written = (part.strip() for part in text.partition("="))
+    key: Key | None = next((key for key in KEYS if key == name), None)
+    if key is None or not equals:
+        raise BadInput(
+            f"cannot sweep {units.quote(name)}" if equals else f"{units.quote(text)} does not say what to sweep",
+            hint=f"one of: {', '.join(f'{key}=1..64' for key in KEYS)}", where="--sweep",
+        )  # fmt: skip
+    ends = re.fullmatch(r"(.*?)\.\.(.*)", written)
+    numbers = [_whole(part, text) for part in ((ends[1], ends[2]) if ends else written.split(","))]
+    if any(a >= b for a, b in itertools.pairwise(numbers)):
+        raise BadInput(f"the values of {units.quote(text)} do not rise", hint="write them from small to large", where="--sweep")  # fmt: skip
+    if ends:
+        low, high = numbers
+        numbers = [*(low * 2**i for i in range(math.ceil(math.log2(high / low)))), high]
+    if len(numbers) > MOST:
+        raise BadInput(f"{len(numbers)} values are too many to read", hint=f"at most {MOST}", where="--sweep")
+    return key, numbers
+
+
+def _whole(text: str, whole: str) -> int:
+    stripped = text.strip()
+    if not re.fullmatch(r"[0-9]{1,10}", stripped) or not 1 <= int(stripped) <= LARGEST:
+        raise BadInput(
+            f"{units.quote(stripped)} in {units.quote(whole)} is not a whole number from 1 to {LARGEST:,}",
+            hint="write for example batch=1..64, or batch=1,2,4", where="--sweep",
+        )  # fmt: skip
+    return int(stripped)
+
+
+def swept(asked: Asked, key: Key, numbers: Sequence[int]) -> Sweep:
+    """Return the plan priced at every number.
+
+    Raises:
+        BadInput: a number the model or the plan cannot have; EnvironmentProblem: as `price`.
+    """
+    points = [_at(asked, key, number) for number in numbers]
+    return Sweep(
+        model=asked.model.name, hardware=asked.hardware.name, words=asked.plan.words, key=key,
+        memory_limit_bytes=float(asked.hardware.memory_limit_bytes),
+        points=[_point(number, priced) for number, priced in zip(numbers, points)],
+        largest_that_fits=_largest(asked, key, numbers, points),
+    )  # fmt: skip
+
+
+def _at(asked: Asked, key: Key, number: int) -> Priced:
+    changed = KEYS[key].at(asked, number)
+    where = f"--sweep {key}={number}"
+    changed.check(steps_from=where, lengths_from=where)
+    return price(changed)
+
+
+def _point(number: int, priced: Priced) -> SweepPoint:
+    return SweepPoint(
+        at=number, plan=priced.plan, workload=priced.asked.workload, values=priced.holding, fits=priced.fits
+    )
+
+
+def _largest(asked: Asked, key: Key, numbers: Sequence[int], points: Sequence[Priced]) -> int | None:
+    """Return the largest number within the sweep that fits; memory never falls as one of the keys grows."""
+    fitting = [number for number, priced in zip(numbers, points) if priced.fits]
+    if not fitting or len(fitting) == len(numbers):
+        return fitting[-1] if fitting else None
+    low, high = fitting[-1], numbers[len(fitting)]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _at(asked, key, middle).fits else (low, middle)
+    return low
+
+
+# ---------------------------------------------------------------- telling
+
+
+def notes(facts: Sweep) -> list[str]:
+    """Return what one must know to read the figures."""
+    said = []
+    limit = units.format(facts["memory_limit_bytes"], "bytes")
+    if facts["largest_that_fits"] is None:
+        said.append(f"nothing here fits in {limit}")
+    elif not all(point["fits"] for point in facts["points"]):
+        said.append(f"fits in {limit} up to {facts['key']} {facts['largest_that_fits']}")
+    fitting = [point["values"] for point in facts["points"] if point["fits"]]
+    if len(fitting) > 1 and all(values == fitting[0] for values in fitting):
+        said.append(
+            f"nothing changes with {facts['key']}: the plan serves as many at a time as its batch; waiting is left out"
+        )
+    if facts["key"] == "batch":
+        from knowledge_base.registry import techniques
+
+        known = techniques.get("batch_size").TECHNIQUE.knobs["count"].options
+        if any(point["at"] not in (1, *known) for point in facts["points"]):
+            said.append(f"batch_size can be executed with {', '.join(map(str, known))}; other batches are priced only")
+    return said
+
+
+def as_text(facts: Sweep, *, ascii_only: bool) -> str:
+    """Return the sweep as a table, notes and a plot."""
+    from planner.cli.ls import table
+
+    workload = facts["points"][0]["workload"]
+    fixed: dict[Key, str] = {
+        "context": f"{workload.output_tokens} output tokens",
+        "output": f"{workload.prompt_tokens} prompt tokens",
+    }
+    lengths = fixed.get(facts["key"], f"{workload.prompt_tokens} prompt + {workload.output_tokens} output tokens")
+    rows = [_row(facts["key"], point, facts["memory_limit_bytes"]) for point in facts["points"]]
+    out = [f"predicted for {facts['model']} on {facts['hardware']}  ({facts['words']})", lengths, "", table(rows)]
+    out += ["", *notes(facts)] if notes(facts) else []
+    for picture in pictures(facts):
+        out += ["", *lines(picture, ascii_only=ascii_only)]
+    return "\n".join(out)
+
+
+def _row(key: Key, point: SweepPoint, limit_bytes: float) -> dict[str, str]:
+    row: dict[str, str] = {key: str(point["at"])}
+    for name in COLUMNS:
+        value = point["values"].get(name)
+        row[METRICS[name].label] = units.format(value.mid, METRICS[name].dimension) if value else "–"
+    may = point["values"][PEAK].high <= limit_bytes
+    return {**row, "": "" if may else "may not fit" if point["fits"] else "does not fit"}
+
+
+def as_svg(facts: Sweep) -> str:
+    """Return the plots as an SVG."""
+    return svg(f"{facts['model']} on {facts['hardware']}: {facts['words']}", pictures(facts), notes(facts))
+
+
+def pictures(facts: Sweep) -> list[Picture]:
+    """Return a plot of the metric that matters, as far as the plan fits, and one of memory with its limit."""
+    return [p for p in (_plot(facts, KEYS[facts["key"]].plotted), _plot(facts, PEAK)) if p is not None]
+
+
+def _plot(facts: Sweep, metric: str) -> Picture | None:
+    from planner.reports.html._axes import Axis
+
+    first, last = facts["points"][0]["at"], facts["points"][-1]["at"]
+
+    def across(number: int) -> float:
+        return math.log(number / first) / math.log(last / first) if last > first else 0.5
+
+    shown = [(point["at"], point["values"][metric]) for point in facts["points"] if metric in point["values"]]
+    if not shown:
+        return None
+    limit = facts["memory_limit_bytes"] if metric == PEAK else None
+    axis = Axis.of(metric, [v for _, value in shown for v in (value.low, value.high)] + [v for v in (limit,) if v])
+    label = METRICS[metric].label
+    curve = Curve(
+        points=[(across(n), axis.at(value.mid)) for n, value in shown],
+        band=[(axis.at(value.low), axis.at(value.high)) for _, value in shown], text=f"{label}, 80 % interval",
+    )  # fmt: skip
+    limits = (
+        [
+            Curve(
+                points=[(0.0, axis.at(limit)), (1.0, axis.at(limit))],
+                text=f"limit {units.format(limit, 'bytes')}",
+                line="limit",
+            )
+        ]
+        if limit
+        else []
+    )
+    until = facts["largest_that_fits"]
+    if until is not None and until < last:
+        limits.append(
+            Curve(points=[(across(until), 0.0), (across(until), 1.0)], text=f"fits up to {until}", line="limit")
+        )
+    return Picture(
+        title=METRICS[metric].label, across=f"{facts['key']} ({KEYS[facts['key']].words})",
+        across_ticks=[(across(p["at"]), str(p["at"])) for p in facts["points"][:: -(-len(facts["points"]) // MOST_TICKS)]], up_ticks=axis.ticks(),
+        curves=[curve, *limits],
+    )  # fmt: skip
