@@ -461,12 +461,13 @@ def knowledge() -> str:
     for topic in known.topics.values():
         methods = [m for m in known.methods.values() if m.topic == topic.id]
         if methods:
-            rows = [
-                (f'<a id="{m.id}"></a>{inline(m.name)}', code(m.id), inline(m.summary), known.status(m.id), inline(", ".join(m.sources[:2])))
+            read = f"Table 2 of the survey was read so: {inline(topic.note)}\n" if topic.effects and topic.note else ""
+            lines = [
+                f'- <a id="{m.id}"></a>**{inline(m.name)}** {code(m.id)}, {known.status(m.id)}. {inline(m.summary)} '
+                f"{inline(', '.join(m.sources[:2]))}"
                 for m in methods
-            ]  # fmt: skip
-            heads = ("technique", "id", "what it is", "status", "sources")
-            parts += [f"### {' / '.join(known.path(topic.id))}\n", inline(topic.note) + "\n", table(heads, rows)]
+            ]
+            parts += [f"### {' / '.join(known.path(topic.id))}\n", read, "\n".join(lines) + "\n"]
     return page("Techniques of the field", "`knowledge_base/data/field/`", *parts)
 
 
