@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def output() -> Any:
-    from planner.estimating.comparing import Comparison
+    from planner.estimating.comparing import SideBySide
     from planner.estimating.roofline_picture import Roofline
     from planner.estimating.sweeping import Sweep
     from planner.estimating.telling import Estimated
 
-    return Estimated | Comparison | Sweep | Roofline
+    return Estimated | SideBySide | Sweep | Roofline
 
 
 def run(options: argparse.Namespace) -> int:

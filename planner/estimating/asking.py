@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from knowledge_base import rules
 from knowledge_base.errors import BadInput
 from knowledge_base.registry import Folder, complete, engines, techniques
 from knowledge_base.types import Hardware, Model, Plan, Step, Workload
+from knowledge_base.units import quote
 
 UNCHANGED = "unchanged"  # how a plan without steps is written
 
@@ -36,6 +38,7 @@ class Asked:
         Raises:
             BadInput: says why and names the flag it came from, `steps_from` or `lengths_from`.
         """
+        self._check_machine()
         workload, most = self.workload, self.model.max_context_tokens
         if workload.prompt_tokens + workload.output_tokens > most:
             raise BadInput(
@@ -56,6 +59,17 @@ class Asked:
             raise BadInput(
                 f"these steps do not go together: {why}", hint="leanplan ls techniques", where=steps_from
             )  # fmt: skip
+
+    def _check_machine(self) -> None:
+        device = self.hardware.device
+        rates = {f"{dtype} rate": rate for dtype, rate in device.flop_per_s.items()}
+        known = {"memory bandwidth": device.memory_bytes_per_s, "memory": self.hardware.memory_limit_bytes, **rates}
+        for what, number in known.items():
+            if not (math.isfinite(number) and number > 0):
+                raise BadInput(
+                    f"the {what} of {quote(device.name)} is {number:g}: nothing can be predicted with it",
+                    hint="measure the machine: leanplan probe; or name another: leanplan ls machines", where="--on",
+                )  # fmt: skip
 
     def _check_step(self, step: Step, engine: Any, steps_from: str) -> None:
         module = techniques.get(step.technique)

@@ -23,7 +23,7 @@ class Side(TypedDict):
     fits: bool  # predicted peak memory is within the machine's limit
 
 
-class Difference(TypedDict):
+class PredictedDifference(TypedDict):
     """One metric of both."""
 
     metric: str  # a name in leanplan ls metrics, with its unit
@@ -31,24 +31,26 @@ class Difference(TypedDict):
     b: Value
     ratio: float | None  # b / a; null where a or b is not above 0
     ratio_low: float | None  # 80 % interval, the two errors taken as independent: what both share makes it narrower
-    ratio_high: float | None
+    ratio_high: float | None  # the other end of it
     verdict: Verdict  # cannot be told apart: the interval of the ratio holds 1
 
 
-class Comparison(TypedDict):
+class SideBySide(TypedDict):
     """What is predicted of two plans, or of one on two machines."""
 
     model: str
     workload: Workload
     a: Side
     b: Side
-    rows: list[Difference]  # of figures that hold on both sides: sizes and quality alone where one does not fit
+    rows: list[
+        PredictedDifference
+    ]  # of figures that hold on both sides: sizes and quality alone where one does not fit
     not_predicted: dict[str, str]  # metric -> why, of a or b
 
 
-def compared(a: Priced, b: Priced) -> Comparison:
+def compared(a: Priced, b: Priced) -> SideBySide:
     """Return the data of two priced plans of one model and workload."""
-    return Comparison(
+    return SideBySide(
         model=a.asked.model.name, workload=a.asked.workload, a=_side(a), b=_side(b),
         rows=[
             _difference(name, a.holding[name], b.holding[name])
@@ -65,7 +67,7 @@ def _side(priced: Priced) -> Side:
     )  # fmt: skip
 
 
-def _difference(metric: str, a: Value, b: Value) -> Difference:
+def _difference(metric: str, a: Value, b: Value) -> PredictedDifference:
     ratio = low = high = None
     better: Verdict = "b is better" if (b.mid < a.mid) == (METRICS[metric].better == "lower") else "a is better"
     if min(a.low, b.low) > 0:
@@ -76,10 +78,10 @@ def _difference(metric: str, a: Value, b: Value) -> Difference:
     else:
         apart = a.high < b.low or b.high < a.low
     verdict: Verdict = "equal" if a == b else better if apart else "cannot be told apart"
-    return Difference(metric=metric, a=a, b=b, ratio=ratio, ratio_low=low, ratio_high=high, verdict=verdict)
+    return PredictedDifference(metric=metric, a=a, b=b, ratio=ratio, ratio_low=low, ratio_high=high, verdict=verdict)
 
 
-def as_text(facts: Comparison, a: Priced, b: Priced) -> str:
+def as_text(facts: SideBySide, a: Priced, b: Priced) -> str:
     """Return the two as a table for people."""
     from planner.cli.ls import table
 
@@ -98,7 +100,7 @@ def as_text(facts: Comparison, a: Priced, b: Priced) -> str:
     return "\n".join(lines)
 
 
-def _words(row: Difference) -> dict[str, str]:
+def _words(row: PredictedDifference) -> dict[str, str]:
     metric = METRICS[row["metric"]]
     a, b = _interval(row["a"], metric.dimension), _interval(row["b"], metric.dimension)
     ratio = "–"

@@ -42,7 +42,7 @@ class Roofline(TypedDict):
     reached_bytes_per_s: float  # when reading weights in the plan's format
     reached_flop_per_s: float  # in matrix products
     operators: list[Operator]
-    off_the_roofline: dict[str, float]  # phase -> share of its time that neither reads nor computes
+    off_the_roofline: dict[str, dict[str, float]]  # phase -> what does not both read and compute -> share of its time
 
 
 def roofline(priced: Priced) -> Roofline:
@@ -54,7 +54,7 @@ def roofline(priced: Priced) -> Roofline:
     for phase, parts in (("prefill", fall["prefill"]), ("decode", fall["decode"])):
         on = [p for p in parts if p["flop"] > 0 and p["read_bytes"] > 0]
         found += [_operator(phase, part, memory, peak) for part in on]  # type: ignore[arg-type]
-        off[phase] = sum(p["share"] for p in parts if p not in on)
+        off[phase] = {p["name"]: p["share"] for p in parts if p not in on}
     return Roofline(
         model=asked.model.name, hardware=asked.hardware.name, device=asked.hardware.device.name, plan=priced.plan,
         words=priced.plan.words, workload=asked.workload, memory_bytes_per_s=memory, peak_flop_per_s=peak,
@@ -108,8 +108,9 @@ def as_svg(facts: Roofline) -> str:
 def notes(facts: Roofline) -> list[str]:
     """Return what of the time is not on the picture."""
     return [
-        f"{share:.0%} of {phase} is not on the picture: it neither reads nor computes, or does only one of them"
-        for phase, share in facts["off_the_roofline"].items()
+        f"not on the picture: {share:.0%} of {phase}, {name}"
+        for phase, parts in facts["off_the_roofline"].items()
+        for name, share in parts.items()
         if share >= 0.005
     ]
 

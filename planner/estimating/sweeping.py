@@ -178,9 +178,9 @@ def notes(facts: Sweep) -> list[str]:
     elif not all(point["fits"] for point in facts["points"]):
         said.append(f"fits in {limit} up to {facts['key']} {facts['largest_that_fits']}")
     fitting = [point["values"] for point in facts["points"] if point["fits"]]
-    if len(fitting) > 1 and all(values == fitting[0] for values in fitting):
+    if facts["key"] == "concurrency" and len(fitting) > 1 and all(values == fitting[0] for values in fitting):
         said.append(
-            f"nothing changes with {facts['key']}: the plan serves as many at a time as its batch; waiting is left out"
+            "nothing changes with concurrency: the plan serves as many at a time as its batch; waiting is left out"
         )
     if facts["key"] == "batch":
         from knowledge_base.registry import techniques
@@ -239,31 +239,25 @@ def _plot(facts: Sweep, metric: str) -> Picture | None:
     shown = [(point["at"], point["values"][metric]) for point in facts["points"] if metric in point["values"]]
     if not shown:
         return None
-    limit = facts["memory_limit_bytes"] if metric == PEAK else None
-    axis = Axis.of(metric, [v for _, value in shown for v in (value.low, value.high)] + [v for v in (limit,) if v])
-    label = METRICS[metric].label
-    curve = Curve(
-        points=[(across(n), axis.at(value.mid)) for n, value in shown],
-        band=[(axis.at(value.low), axis.at(value.high)) for _, value in shown], text=f"{label}, 80 % interval",
-    )  # fmt: skip
-    limits = (
-        [
-            Curve(
-                points=[(0.0, axis.at(limit)), (1.0, axis.at(limit))],
-                text=f"limit {units.format(limit, 'bytes')}",
-                line="limit",
-            )
-        ]
-        if limit
-        else []
-    )
+    limits = [facts["memory_limit_bytes"]] if metric == PEAK else []
+    axis = Axis.of(metric, [*(end for _, value in shown for end in (value.low, value.high)), *limits])
+    curves = [
+        Curve(
+            points=[(across(number), axis.at(value.mid)) for number, value in shown],
+            band=[(axis.at(value.low), axis.at(value.high)) for _, value in shown],
+            text=f"{METRICS[metric].label}, 80 % interval",
+        )
+    ]
+    for limit in limits:
+        at = axis.at(limit)
+        curves.append(Curve(points=[(0.0, at), (1.0, at)], text=f"limit {units.format(limit, 'bytes')}", line="limit"))
     until = facts["largest_that_fits"]
     if until is not None and until < last:
-        limits.append(
-            Curve(points=[(across(until), 0.0), (across(until), 1.0)], text=f"fits up to {until}", line="limit")
-        )
+        at = across(until)
+        curves.append(Curve(points=[(at, 0.0), (at, 1.0)], text=f"fits up to {until}", line="limit"))
+    numbers = [point["at"] for point in facts["points"]]
     return Picture(
         title=METRICS[metric].label, across=f"{facts['key']} ({KEYS[facts['key']].words})",
-        across_ticks=[(across(p["at"]), str(p["at"])) for p in facts["points"][:: -(-len(facts["points"]) // MOST_TICKS)]], up_ticks=axis.ticks(),
-        curves=[curve, *limits],
+        across_ticks=[(across(n), str(n)) for n in numbers[:: math.ceil(len(numbers) / MOST_TICKS)]],
+        up_ticks=axis.ticks(), curves=curves,
     )  # fmt: skip

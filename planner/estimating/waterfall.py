@@ -145,12 +145,13 @@ def _memory(priced: Priced) -> list[MemoryPart]:
     import numpy as np
 
     whole = priced.values[PEAK].mid
+    names = {**NAMES, "KV cache": "KV cache and state"} if priced.demand.model.state_bytes else NAMES
     found: dict[str, float] = {}
     for name, part in priced.figures[PEAK].parts.items():
         if name == "weights":
             found |= _stored(priced)
         else:
-            found[NAMES.get(name, name)] = float(np.sum(part))
+            found[names.get(name, name)] = float(np.sum(part))
     return [MemoryPart(name=n, memory_bytes=size, share=size / whole) for n, size in found.items() if size > 0]
 
 
@@ -160,10 +161,9 @@ def _stored(priced: Priced) -> dict[str, float]:
 
     parts = {name: float(np.sum(part)) for name, part in priced.figures["weights_bytes"].parts.items()}
     layers = parts.pop("layers")
+    names = NAMES if parts["head"] else {**NAMES, "embedding": "embedding and output head"}
     found = {kind.name: kind.share * layers for kind in layer_kinds(priced.demand)}
-    if not parts["head"]:
-        parts["embedding and output head"] = parts.pop("embedding")
-    return found | {NAMES.get(name, name): size for name, size in parts.items()}
+    return found | {names.get(name, name): size for name, size in parts.items()}
 
 
 # ---------------------------------------------------------------- the layers' matrices

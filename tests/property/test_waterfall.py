@@ -107,6 +107,9 @@ def test_experts_are_read_as_far_as_tokens_wake_them(prompt: int) -> None:
     beside = parts["attention projections and router"]
     assert beside["read_bytes"] == pytest.approx(4 * (ATTENTION + ROUTER), rel=1e-6)
     assert beside["flop"] == pytest.approx(2 * (ATTENTION + ROUTER) * prompt, rel=1e-6)
+    of = "read_bytes" if beside["bound"] == "read-bound" else "flop"
+    assert parts["experts"]["time_s"] / beside["time_s"] == pytest.approx(parts["experts"][of] / beside[of])
+    assert beside["bound"] == ("arithmetic-bound" if prompt == 4096 else "read-bound")
 
 
 def test_layers_are_split_where_the_shape_tells_and_not_elsewhere() -> None:
@@ -150,3 +153,13 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(key: str, limit_mib: i
     if largest is not None and largest < numbers[-1]:
         more = KEYS[key].at(asked, largest + 1)  # type: ignore[index]
         assert price(KEYS[key].at(asked, largest)).fits and not price(more).fits  # type: ignore[index]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_table_is_stored_once_and_named_for_both_its_uses(tied: bool) -> None:
+    found = priced(replace(TOY_MODEL, tied_embeddings=tied))
+    names = [
+        part["name"] for part in waterfall(found)["memory"] if "embedding" in part["name"] or "head" in part["name"]
+    ]
+    assert names == (["embedding and output head"] if tied else ["embedding", "output head"])
+    assert "output head" in [part["name"] for part in waterfall(found)["decode"]]  # read either way

@@ -9,9 +9,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from tests_support import TOY_MACHINE
 
+from knowledge_base.serde import plain
 from planner.cli import main
 from planner.estimating.sweeping import read_sweep
+from planner.machine import SCHEMA
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -101,8 +104,8 @@ def data(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
 def test_the_waterfall_names_groups_and_what_binds_them(capsys: pytest.CaptureFixture[str], config: str) -> None:
     fall = data(capsys, config, *INT4, "--prompt-tokens", "4096")["waterfall"]
     assert [part["name"] for part in fall["prefill"]] == [
-        "attention projections", "feed-forward", "output head", "attention scores", "engine overhead"
-    ]  # fmt: skip
+        "attention projections", "feed-forward", "output head", "attention scores"
+    ]  # the host runs ahead of a prompt this long  # fmt: skip
     assert {part["name"]: part["bound"] for part in fall["decode"]} == {
         "attention projections": "read-bound", "feed-forward": "read-bound", "output head": "read-bound",
         "KV cache": "read-bound", "engine overhead": "host-bound",
@@ -131,9 +134,17 @@ def test_bars_are_drawn_one_after_the_other(
 
 
 def test_two_plans_side_by_side(capsys: pytest.CaptureFixture[str], config: str) -> None:
-    facts = data(capsys, config, *INT4, "--compare", "llama_cpp: weight_gguf:type=q8_0 + thread_count:count=2")
+    facts = data(
+        capsys,
+        config,
+        *INT4,
+        "--concurrency",
+        "2",
+        "--compare",
+        "llama_cpp: weight_gguf:type=q8_0 + batch_size:count=2",
+    )
     assert facts["a"]["words"].startswith("transformers: weight_int4")
-    assert facts["b"]["words"] == "llama_cpp: thread_count(count=2) + weight_gguf(type=q8_0)"
+    assert facts["b"]["words"] == "llama_cpp: weight_gguf(type=q8_0) + batch_size(count=2)"
     row = next(row for row in facts["rows"] if row["metric"] == "weights_bytes")
     assert row["ratio"] == pytest.approx(row["b"]["mid"] / row["a"]["mid"])
     assert 1 < row["ratio_low"] < row["ratio"] < row["ratio_high"] and row["verdict"] == "a is better"
@@ -157,11 +168,12 @@ def test_two_machines_side_by_side(capsys: pytest.CaptureFixture[str], config: s
 
 
 def test_times_of_what_does_not_fit_are_not_compared(capsys: pytest.CaptureFixture[str], config: str) -> None:
-    facts = data(capsys, config, "--on", "rtx-4060", "--step", "weight_int4", "--compare", "unchanged")
+    flags = (config, "--on", "rtx-3060-12gb", "--step", "weight_int4", "--compare", "unchanged")
+    facts = data(capsys, *flags)
     assert (facts["a"]["fits"], facts["b"]["fits"]) == (True, False)
     metrics = {row["metric"] for row in facts["rows"]}
     assert "peak_memory_bytes" in metrics and not metrics & {"tpot_s", "energy_j_per_token", "cost_usd_per_token"}
-    _, out, _ = run(capsys, config, "--on", "rtx-4060", "--step", "weight_int4", "--compare", "unchanged")
+    _, out, _ = run(capsys, *flags)
     assert "b does not fit: peak memory" in out and "are not compared" in out
 
 
@@ -189,7 +201,17 @@ def test_a_sweep_doubles_or_is_as_written(text: str, numbers: list[int]) -> None
 
 
 def test_a_sweep_marks_where_memory_ends(capsys: pytest.CaptureFixture[str], config: str) -> None:
-    flags = (config, "--on", "rtx-4060", "--step", "weight_int4", "--sweep", "batch=1..64", "--prompt-tokens", "1024")
+    flags = (
+        config,
+        "--on",
+        "rtx-3060-12gb",
+        "--step",
+        "weight_int4",
+        "--sweep",
+        "batch=1..64",
+        "--prompt-tokens",
+        "1024",
+    )
     facts = data(capsys, *flags)
     fits = [point["fits"] for point in facts["points"]]
     assert fits == sorted(fits, reverse=True) and len(set(fits)) == 2
@@ -197,8 +219,8 @@ def test_a_sweep_marks_where_memory_ends(capsys: pytest.CaptureFixture[str], con
     assert [point["workload"]["concurrency"] for point in facts["points"]] == [1, 2, 4, 8, 16, 32, 64]
     assert all(("tpot_s" in point["values"]) == point["fits"] for point in facts["points"])
     _, out, _ = run(capsys, *flags)
-    assert f"fits in 8 GiB up to batch {facts['largest_that_fits']}" in out
-    assert "64     –     –     –        –" in out and "does not fit" in out
+    assert f"fits in 12 GiB up to batch {facts['largest_that_fits']}" in out
+    assert re.search(r"^64 +– +– +– +– .* does not fit$", out, re.MULTILINE)
     assert "other batches are priced only" in out and "⠤" in out
 
 
@@ -233,7 +255,8 @@ def test_the_roofline_holds_the_plans_operators(capsys: pytest.CaptureFixture[st
         assert o["flop_per_s"] <= o["roof_flop_per_s"] * (1 + 1e-9)
         assert o["roof_flop_per_s"] <= facts["peak_flop_per_s"]
     shares = sum(o["share"] for o in facts["operators"] if o["phase"] == "decode")
-    assert shares + facts["off_the_roofline"]["decode"] == pytest.approx(1)
+    assert set(facts["off_the_roofline"]["decode"]) == {"engine overhead"}
+    assert shares + facts["off_the_roofline"]["decode"]["engine overhead"] == pytest.approx(1)
     _, out, _ = run(capsys, config, *INT4, "--roofline")
     assert "(decode)" in out and "⠤" in out
 
@@ -245,7 +268,9 @@ def test_pictures_are_whole_svgs_whatever_the_model_is_called(
     hostile = tmp_path / "<b onload='x'>&\u202e\x1b[31m"
     hostile.mkdir()
     (hostile / "config.json").write_text(json.dumps(CONFIG))
-    code, out, talk = run(capsys, str(hostile), "--on", "rtx-4060", "--step", "weight_int4", *flags, "--format", "svg")
+    code, out, talk = run(
+        capsys, str(hostile), "--on", "rtx-3060-12gb", "--step", "weight_int4", *flags, "--format", "svg"
+    )
     assert code == 0, talk
     root = ElementTree.fromstring(out)
     assert root.tag == f"{SVG}svg" and {element.tag for element in root.iter()} <= {
@@ -324,3 +349,21 @@ def test_an_unknown_rate_is_said(capsys: pytest.CaptureFixture[str], config: str
     code, out, talk = run(capsys, config, "--on", "t4", *flags)
     assert code == 4 and not out
     assert "`t4` has no known bfloat16 rate" in talk and "hint: known rates: " in talk
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e9, float("inf"), float("nan")])
+@pytest.mark.parametrize("of", ["memory bandwidth", "float32 rate"])
+def test_a_machine_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path, rate: float, of: str
+) -> None:
+    machine = plain(TOY_MACHINE)
+    device = machine["devices"][0]
+    if of == "memory bandwidth":
+        device["memory_bytes_per_s"] = rate
+    else:
+        device["flop_per_s"]["float32"] = rate
+    profile = {"schema": SCHEMA, "hardware": machine, "facts": {}, "taken_at": ""}
+    (tmp_path / "machine.json").write_text(json.dumps(profile))
+    code, out, talk = run(capsys, config, "--on", str(tmp_path / "machine.json"))
+    assert code == 2 and not out
+    assert f"the {of} of 'toy cpu' is {rate:g}" in talk and "hint: measure the machine" in talk
