@@ -1,60 +1,71 @@
-"""What training a model would take on a machine: bounds that follow from counting, for goals that cannot be run yet."""
+"""What training a model is predicted to take on a machine, for goals that cannot be run yet."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from knowledge_base import units
+from knowledge_base.errors import LeanplanError
+from knowledge_base.types import Value
 from planner.forecast import Outlook
 
-ADAPTER_SHARE = 0.01  # of the parameters, that a LoRA adapter of ordinary rank adds
-TRAINED_BYTES = (
-    16  # for each trained parameter: weights, gradients and AdamW states in mixed precision (arXiv:1910.02054)
-)
-FROZEN_BYTES = {  # way of training -> (bytes of a frozen parameter, source)
-    "LoRA on 16-bit weights": (2.0, "arXiv:2106.09685"),
-    "LoRA on 4-bit weights": (4.127 / 8, "arXiv:2305.14314"),
-}
-FLOP_PER_TOKEN = {
-    "full": 6,
-    "LoRA": 4,
-}  # for each parameter: forward 2, backward 2, gradients of weights 2 (arXiv:2001.08361)
+SEQUENCE_TOKENS = 512
 TOKENS_PER_PARAMETER = 20  # of the training run that is best for its arithmetic (arXiv:2203.15556)
+WHOLE = "all parameters, AdamW in mixed precision"
+WAYS: dict[str, tuple[dict[str, Any], str]] = {  # way of training -> (settings, source)
+    WHOLE: ({"master_weights": True, "state_dtype": "float32", "gradient_buckets": True}, "arXiv:1910.02054"),
+    "LoRA on 16-bit weights": ({"method": "lora"}, "arXiv:2106.09685"),
+    "LoRA on 4-bit weights": ({"method": "qlora", "base_format": "nf4_double"}, "arXiv:2305.14314"),
+}
 
 
 def needs(outlook: Outlook, goal: str) -> list[str]:
-    """Return what fine-tuning or pre-training would take, as lines. Memory is without activations, time a lower bound."""
-    model, device = outlook.model, outlook.hardware.device
-    size, active = model.params_total, model.params_active
-    rate = max(device.flop_per_s[dtype] for dtype in ("bfloat16", "float16", "float32") if dtype in device.flop_per_s)
-
-    def memory(name: str, needed: float, source: str) -> str:
-        there = "fits" if needed <= outlook.memory_bytes else "does not fit"
-        return (
-            f"  {name}: {units.format(needed, 'bytes', digits=2)} and activations; "
-            f"{there} {units.format(outlook.memory_bytes, 'bytes')} [{source}]"
-        )
-
-    whole = memory("all parameters, AdamW in mixed precision", size * TRAINED_BYTES, "arXiv:1910.02054")
-    if goal == "pretrain":
-        tokens = TOKENS_PER_PARAMETER * active
-        seconds = FLOP_PER_TOKEN["full"] * active * tokens / rate
-        price = outlook.hardware.price_usd_per_h
-        rent = "" if price is None else f", ${price * seconds / 3600:,.0f} or more at ${price:g}/h"
+    """Return what fine-tuning or pre-training would take, as lines: memory and time with their 80 % intervals."""
+    pretrain = goal == "pretrain"
+    tokens = TOKENS_PER_PARAMETER * outlook.model.params_active if pretrain else 1e6
+    length = min(SEQUENCE_TOKENS, outlook.model.max_context_tokens)
+    lines = [
+        f"{'Pre-training' if pretrain else 'Fine-tuning'} (cannot be run by this version; predicted for one sequence of "
+        f"{length} tokens at a time, activations computed again):"
+    ]
+    for name in [WHOLE] if pretrain else WAYS:
+        try:
+            lines.append(f"  {name}: {_cost(outlook, name, length, tokens)}")
+        except LeanplanError as error:
+            lines.append(f"  {name}: {error.message}")
+    if pretrain:
         return [
-            "Pre-training (cannot be run by this version):",
-            whole,
+            *lines,
             f"  tokens that use the arithmetic best: {tokens / 1e9:,.2f} billion, {TOKENS_PER_PARAMETER} for each parameter "
             "[arXiv:2203.15556]",
-            f"  time: {_days(seconds)} at the very least, at the full {rate / 1e12:,.2f} Tflop/s of this machine{rent} "
-            "[arXiv:2001.08361]",
         ]
-    lines = ["Fine-tuning (cannot be run by this version):", whole]
-    for name, (frozen, source) in FROZEN_BYTES.items():
-        lines.append(memory(name, size * (frozen + ADAPTER_SHARE * TRAINED_BYTES), source))
-    for name, flop in FLOP_PER_TOKEN.items():
-        seconds = flop * active * 1e6 / rate
-        lines.append(f"  time, {name}: {_days(seconds)} at the very least for each million tokens [arXiv:2001.08361]")
     return [*lines, "Plan the fine-tuned model as you would this one: it has the same shapes, so the same costs."]
 
 
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:,.1f} days" if seconds >= 2 * 86400 else units.format(seconds, "time", digits=2)
+def _cost(outlook: Outlook, name: str, length: int, tokens: float) -> str:
+    from cost_models.training import TrainingSetup, training_memory, training_time
+
+    settings, source = WAYS[name]
+    rates = outlook.hardware.device.flop_per_s
+    dtype = next((d for d in ("bfloat16", "float16") if d in rates), "float32")
+    setup = TrainingSetup(sequence_tokens=length, checkpointing=True, weight_dtype=dtype, **settings)
+    memory = training_memory(outlook.model, setup).total
+    time = training_time(outlook.model, setup, outlook.hardware, tokens=tokens).total
+    fits = (
+        "fits"
+        if memory.high <= outlook.memory_bytes
+        else "may fit"
+        if memory.mid <= outlook.memory_bytes
+        else "does not fit"
+    )
+    price = outlook.hardware.price_usd_per_h
+    rent = "" if price is None else f", ${price * time.mid / 3600:,.2f} at ${price:g}/h"
+    return (
+        f"{_said(memory, 'bytes')}, {fits} {units.format(outlook.memory_bytes, 'bytes')}; "
+        f"{_said(time, 'time')} for {tokens / 1e6:,.0f} million tokens{rent} [{source}]"
+    )
+
+
+def _said(value: Value, dimension: str) -> str:
+    mid, low, high = (units.format(x, dimension, digits=2) for x in (value.mid, value.low, value.high))
+    return f"{mid} [{low} – {high}]"

@@ -329,7 +329,7 @@ def test_training_goals_end_in_advice_and_not_in_a_wall(start: Callable[..., Ter
     for words in (
         "cannot be run by this version",
         "AdamW",
-        "at the very least",
+        "million tokens",
         "arXiv:",
         "What binds",
         "next: leanplan",
