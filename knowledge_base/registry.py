@@ -88,7 +88,7 @@ class Folder:
     def _import(self, name: str) -> ModuleType:
         try:
             return importlib.import_module(f"{self.package}.{name}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = next((p for folder in self._joining if (p := Path(folder) / f"{name}.py").is_file()), None)
             if place is None:  # ours: a bug
                 raise

@@ -178,6 +178,10 @@ class Whole:
                 return int(number)
         quoted = node.type == "string" and re.fullmatch(r"[0-9]+", node.content)
         again = re.fullmatch(r"[0-9]+([,_'][0-9]+)+", node.content) if node.type == "string" else None
+        if node.type == "number" and number is not None and number > self.most:
+            raise node.error(
+                f"{node.name} must be at most {self.most:,}, got {node.found}", hint=f"expected {self.words}"
+            )
         hint = f"write {node.content} without quotes" if quoted else f"expected {self.words}"
         raise node.error(
             f"{node.name} must be {self.words}, got {node.found}",

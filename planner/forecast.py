@@ -250,7 +250,7 @@ class Outlook:
 def _limit_text(value: float, metric: Any) -> str:
     """Return a figure of two digits that `value` keeps to: rounded up for a max, down for a min."""
     sign = 1 if metric.better == "lower" else -1
-    for bump in (0.0, 0.02, 0.05, 0.1):
+    for bump in (0.0, 0.005, 0.01, 0.02, 0.05, 0.1):
         text = units.format(value * (1 + sign * bump), metric.dimension, digits=2)
         if value == 0 or sign * (units.parse(text, metric.dimension, field=metric.label) - value) >= 0:
             return text

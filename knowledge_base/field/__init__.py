@@ -24,6 +24,7 @@ from knowledge_base.field.entries import (
     SurveyMetric,
     Topic,
 )
+from knowledge_base.field.magnitude import Magnitude, magnitudes
 from knowledge_base.types import STAGES
 from knowledge_base.units import quote
 
@@ -86,9 +87,17 @@ class Field:
 
     def evidence_of(self, id: str) -> tuple[EvidenceRow, ...]:
         """Return the rows with a step of a method, or of any method at or below a topic."""
-        wanted = {m.id for m in self.below(id)} if id in self.topics else {id}
-        found = {index for method in wanted for index in self._evidence_by_method.get(method, ())}
+        found = {index for method in self._methods_of(id) for index in self._evidence_by_method.get(method, ())}
         return tuple(self.evidence[index] for index in sorted(found))
+
+    def magnitudes_of(self, id: str) -> dict[str, Magnitude]:
+        """Return what published figures say of a method or topic: resource -> its own; with others where it has none."""
+        rows, own = self.evidence_of(id), self._methods_of(id)
+        alone = [row for row in rows if all(step.technique in own for step in row.steps)]
+        return magnitudes(rows, self.evidence_metrics) | magnitudes(alone, self.evidence_metrics)
+
+    def _methods_of(self, id: str) -> set[str]:
+        return {m.id for m in self.below(id)} if id in self.topics else {id}
 
     def papers_of(self, id: str) -> tuple[Paper, ...]:
         """Return the papers about a method; of a topic, those about it, topics below it, or their methods."""

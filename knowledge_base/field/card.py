@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from knowledge_base import rules
 from knowledge_base.field import Field, field
 from knowledge_base.field.entries import EvidenceRow, Method, Paper
-from knowledge_base.field.magnitude import Magnitude, magnitudes
+from knowledge_base.field.magnitude import Magnitude
 from knowledge_base.quality import Loss, expected_loss
 from knowledge_base.rules import Rule
 
@@ -60,7 +60,7 @@ def card(text: str) -> Card:
     """
     known = field()
     method = known.method(_method_of(text, known))
-    said = magnitudes(known.evidence_of(method.id), known.evidence_metrics)
+    said = known.magnitudes_of(method.id)
     strengths = known.effects(method.id)
     rows = known.evidence_of(method.id)
     return Card(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from knowledge_base.field import Field, field
 from knowledge_base.field.entries import RESOURCES
-from knowledge_base.field.magnitude import Magnitude, magnitudes
+from knowledge_base.field.magnitude import Magnitude
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def matrix(topic: str | None = None) -> Matrix:
 def _topic_row(known: Field, topic: str) -> Row:
     methods = [m.id for m in known.below(topic)]
     entry = known.topics[topic]
-    said = magnitudes(known.evidence_of(topic), known.evidence_metrics)
+    said = known.magnitudes_of(topic)
     cells = {
         r: Cell(strength=entry.effects.get(r, ""), uncertain=r in entry.uncertain, evidence=said.get(r))
         for r in RESOURCES
@@ -76,7 +76,7 @@ def _topic_row(known: Field, topic: str) -> Row:
 def _method_row(known: Field, method: str) -> Row:
     entry = known.methods[method]
     effects = known.effects(method)
-    said = magnitudes(known.evidence_of(method), known.evidence_metrics)
+    said = known.magnitudes_of(method)
     cells = {r: Cell(strength=effects.get(r, ""), evidence=said.get(r)) for r in RESOURCES}
     return Row(
         id=method, name=entry.name, group=" / ".join(known.path(entry.topic)), methods=1,

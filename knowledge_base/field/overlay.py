@@ -50,7 +50,7 @@ def folders() -> tuple[Path, ...]:
 
 def files(name: str) -> tuple[tuple[Path, str], ...]:
     """Return one file of every folder that has it, each with the name that complaints call it by."""
-    return tuple((folder / name, str(folder / name)) for folder in folders() if (folder / name).is_file())
+    return tuple((folder / name, str(folder / name)) for folder in folders() if (folder / name).exists())
 
 
 def table(name: str) -> tuple[dict[str, str], ...]:
@@ -153,9 +153,15 @@ def _layout(folder: Path) -> None:
     known = sorted({kind.files for kind in KINDS.values()} | {*TABLES, RULES} | {f"{code}/*.py" for code in CODE})
     read = {path for pattern in known for path in folder.glob(pattern)}
     there = (*folder.glob("*"), *folder.glob("*/*"))  # as deep as patterns go, also where the folder is somebody's home
-    for path in sorted(p for p in there if p.is_file() and p not in read and p.suffix != ".md"):
+    for path in sorted(p for p in there if not p.is_dir()):
         inside = path.relative_to(folder)
-        if not any(part.startswith((".", "_")) for part in inside.parts):
+        if any(part.startswith((".", "_")) for part in inside.parts):
+            continue
+        if not path.is_file():
+            raise BadInput(
+                f"{quote(str(inside))} is not a plain file", hint="put a text file in its place", where=str(path)
+            )
+        if path not in read and path.suffix != ".md":
             raise BadInput(
                 f"{quote(str(inside))} is no file of knowledge", hint=f"known are {', '.join(known)}, *.md",
                 where=str(path),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from knowledge_base import rules
 from knowledge_base.registry import techniques
 from knowledge_base.types import Hardware, Model, Step, Workload
-from planner.advising.binding import Bound, Excess, bounds, excesses, scarce
+from planner.advising.binding import Bound, Excess, bounds, excesses, limits, scarce
 from planner.advising.helping import Helper, Remedy, helpers, remedies
 from planner.advising.known import KnownMethod, OtherAttention, known_methods, other_attention
 from planner.forecast import Outlook, as_result
@@ -23,6 +23,7 @@ class Advice:
     hardware: Hardware
     workload: Workload
     notes: tuple[str, ...]
+    limits: tuple[str, ...]  # "quality_loss <= 5 %": of the spec's budgets, those that can be predicted
     binding: str  # the resource to save first
     target: str  # the metric whose saving relieves it
     needed_bytes: float  # highest memory of the unchanged model
@@ -48,11 +49,11 @@ def advice(outlook: Outlook) -> Advice:
     resource = binding if excess else "computation"
     return Advice(
         model=outlook.model, hardware=outlook.hardware, workload=outlook.spec.workload, notes=outlook.notes,
-        binding=binding, target=target, needed_bytes=outlook.unchanged.values["peak_memory_bytes"].mid,
+        limits=limits(outlook), binding=binding, target=target, needed_bytes=outlook.unchanged.values["peak_memory_bytes"].mid,
         memory_bytes=outlook.memory_bytes, excesses=excess, bounds=bound,
         parts={name: outlook.unchanged.values[name].because for name in ("ttft_s", "tpot_s", "peak_memory_bytes")},
         remedies=remedies(outlook, target, pressed=bool(excess)), helpers=alone,
-        known=known_methods(resource, outlook.model, outlook.hardware),
+        known=known_methods(resource, outlook.model, outlook.spec.workload, outlook.hardware),
         attention=other_attention(outlook.model, outlook.spec.workload.prompt_tokens),
         conflicts=_conflicts(steps, outlook),
         left_out=outlook.refused, best=_best(outlook), tightest=_tightest(outlook),

@@ -38,6 +38,15 @@ class Bound:
     sentence: str
 
 
+def limits(outlook: Outlook) -> tuple[str, ...]:
+    """Return the budgets that advice stays within, also those nobody wrote."""
+    return tuple(
+        f"{budget.label} {'<=' if budget.bound == 'max' else '>='} {units.format(limit, METRICS[budget.metric].dimension)}"
+        for budget in outlook.binding
+        if (limit := outlook.limit(budget)) is not None
+    )
+
+
 def excesses(outlook: Outlook) -> tuple[Excess, ...]:
     """Return the limits the unchanged model is predicted to break, the worst first: budgets, and the machine's memory."""
     found = []

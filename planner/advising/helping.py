@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knowledge_base import units
 from knowledge_base.field import field
-from knowledge_base.field.entries import EvidenceRow
 from knowledge_base.metrics import METRICS
 from knowledge_base.registry import engines, techniques
-from knowledge_base.types import Model, Plan, Step
+from knowledge_base.types import Evidence, Model, Plan, Step
 from planner.forecast import Outlook
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ WORTH = 0.03  # a saving below this share is none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Citation:
-    """What speaks for a step: how many published figures there are, and the one of the model nearest in size."""
+    """What speaks for a step: how many published figures there are, and the one nearest to it in setting and size."""
 
     technique: str
     figures: int  # published figures on its method
-    example: str  # "OPT-2.7B perplexity 12.47 -> 12.87", empty where nothing was published
+    example: str  # "4 bits, whole rows, OPT-2.7B: WikiText-2 perplexity 12.47 -> 12.87", empty where it brings none
     source: str
 
 
@@ -128,8 +128,8 @@ def _because(plan: Plan, outlook: Outlook) -> str:
 def remedies(outlook: Outlook, target: str, *, pressed: bool) -> tuple[Remedy, ...]:
     """Return short plans that better `target`, those within every limit first.
 
-    Among these the least loss of quality and the fewest steps come first where a limit presses, else what saves most
-    of `target`. Of plans with the same techniques only the best setting is told, and no plan that contains one told.
+    Among these the least loss of quality and the fewest steps come first where a limit presses, else what saves most of
+    `target`, less a share for the same share of quality. Of plans with the same techniques only the best setting is told, and no plan that contains one told.
     """
     priced = outlook.priced
     values, losses = priced.figures[target].mid, priced.figures[LOSS].mid
@@ -138,8 +138,9 @@ def remedies(outlook: Outlook, target: str, *, pressed: bool) -> tuple[Remedy, .
     within, beyond = outlook.within(), _beyond(outlook)
 
     def rank(i: int) -> tuple[float, ...]:
-        need = (round(float(losses[i]), 3), len(priced.plans[i].steps)) if pressed else ()
-        return (not within[i], 0.0 if within[i] else float(beyond[i]), *need, sign * float(values[i]))
+        gain = sign * (float(values[i]) - start) / abs(start)
+        need = (round(float(losses[i]), 3), len(priced.plans[i].steps), gain) if pressed else (gain + float(losses[i]),)
+        return (not within[i], 0.0 if within[i] else float(beyond[i]), *need)
 
     relieving = [
         i
@@ -200,21 +201,31 @@ def requirements(technique: str) -> tuple[str, ...]:
     return (*needs, *([f"pip install 'leanplan[{declared.extra}]'"] if declared.extra else []))
 
 
-def citation(technique: str, model: Model) -> Citation:
-    """Return what was published on a technique's method, with the figure of the model nearest in size."""
-    module = techniques.get(technique)
-    known = field()
-    rows = [row for method in module.TECHNIQUE.implements for row in known.evidence_of(method)]
-    own = next(iter(module.TECHNIQUE.sources), "")
-    if not rows:
-        return Citation(technique=technique, figures=0, example="", source=own)
-    near = min(rows, key=lambda row: _apart(row, model))
+def citation(step: Step, model: Model) -> Citation:
+    """Return what was published on a technique: its own figure nearest in setting, then in size, and how many there are."""
+    module = techniques.get(step.technique)
+    declared, own = module.TECHNIQUE, module.EVIDENCE
+    figures = sum(len(field().evidence_of(method)) for method in declared.implements) or len(own)
+    if not own:
+        source = next(iter(declared.sources), "")
+        return Citation(technique=step.technique, figures=figures, example="", source=source)
+    near = min(own, key=lambda figure: (not _speaks_of(figure, step), _apart(figure, model)))
     before = "" if near.baseline is None else f"{near.baseline:g} -> "
-    example = f"{' + '.join(map(str, near.steps))}, {near.model}: {near.metric} {before}{near.value:g}"
-    return Citation(technique=technique, figures=len(rows), example=example, source=near.source)
+    example = f"{near.setting}, {near.model}: {near.quantity} {before}{near.value:g}"
+    return Citation(technique=step.technique, figures=figures, example=example, source=near.source)
 
 
-def _apart(row: EvidenceRow, model: Model) -> tuple[float, ...]:
-    """How far a figure is from being about this model: no baseline last, then the ratio of sizes."""
-    size = math.inf if not row.params_b else abs(math.log(row.params_b * 1e9 / model.params_total))
-    return (row.baseline is None, size)
+def _speaks_of(figure: Evidence, step: Step) -> bool:
+    """Whether a figure's setting names a value of the step: `KV int4` does for bits=4."""
+    return any(
+        re.search(rf"(?<![\d.]){re.escape(str(value))}(?![\d.])", figure.setting, re.IGNORECASE)
+        for value in step.knobs.values()
+    )
+
+
+def _apart(figure: Evidence, model: Model) -> float:
+    """Return the ratio of sizes in log space, by what the name of the figure's model says; infinite where it says nothing."""
+    said = re.search(r"(\d+(?:\.\d+)?)([BM])\b", figure.model)
+    if said is None:
+        return math.inf
+    return abs(math.log(float(said[1]) * {"B": 1e9, "M": 1e6}[said[2]] / model.params_total))

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from knowledge_base.field import field
 from knowledge_base.field.entries import Method
-from knowledge_base.field.magnitude import Magnitude, magnitudes
-from knowledge_base.types import Hardware, Model
+from knowledge_base.field.magnitude import Magnitude
+from knowledge_base.types import Hardware, Model, Workload
 from planner.advising.helping import WORTH
 
 TOLD = 6
+SHARING = "serving"  # topic of what shares a machine between requests
+OFF_DEVICE = ("hardware_offloading", "collaborative_inference")  # topics that are fast only against not fitting at all
 ELSEWHERE = ("tpu", "mobile", "custom-accelerator", "neuromorphic")  # machines Leanplan does not plan for
 RATES = ("int8", "fp8", "fp4", "int4")  # a device that lists rates, but not this one, is taken to lack it
 NOT_CAUSAL = (
@@ -66,17 +68,21 @@ def other_attention(model: Model, tokens: int) -> tuple[OtherAttention, ...]:
     )
 
 
-def known_methods(resource: str, model: Model, hardware: Hardware) -> tuple[KnownMethod, ...]:
-    """Return methods of inference that save a resource and that no technique of ours executes.
+def known_methods(resource: str, model: Model, workload: Workload, hardware: Hardware) -> tuple[KnownMethod, ...]:
+    """Return methods of inference and serving that save a resource and that no technique of ours executes.
 
     Those the machine and model allow come first, then those that train nothing, then the larger published saving.
     """
     knowledge = field()
     found = []
-    for method in knowledge.select(saves=resource, stage="inference"):
-        if knowledge.status(method.id) == "executable":
+    for method in knowledge.select(saves=resource):
+        if (method.lifecycle != "inference" and method.stage != "serve") or knowledge.status(method.id) == "executable":
             continue
-        published = magnitudes(knowledge.evidence_of(method.id), knowledge.evidence_metrics).get(resource)
+        if (method.topic == SHARING and workload.concurrency == 1) or (
+            method.topic in OFF_DEVICE and resource != "memory"
+        ):
+            continue
+        published = knowledge.magnitudes_of(method.id).get(resource)
         if published is not None and published.factor >= 1:
             continue  # what was published does not bear the claim out at the median
         found.append(
@@ -93,12 +99,15 @@ def known_methods(resource: str, model: Model, hardware: Hardware) -> tuple[Know
 
 def _rank(known: KnownMethod) -> tuple[float | bool | str, ...]:
     saving = known.published.factor if known.published else 1.0
-    return (known.strength != "direct", saving, known.id)
+    return (saving, known.strength != "direct", known.id)
 
 
 def _requires(method: Method) -> tuple[str, ...]:
     needs = method.requires
-    said = [f"{what}: {need}" for what, need in (("data", needs.data), ("training", needs.training)) if need != "none"]
+    words = (("data", needs.data), ("training", needs.training))
+    # "none: a small model to score the words" needs no data, but that.
+    said = [need.removeprefix("none: ") if need.startswith("none") else f"{what}: {need}" for what, need in words]
+    said = [need for need in said if need != "none"]
     lists = (("hardware", needs.hardware), ("architecture", needs.architecture), ("engine", needs.engine))
     return (*said, *(f"{what}: {', '.join(names)}" for what, names in lists if names))
 

@@ -10,6 +10,7 @@ from planner.advising import Advice
 from planner.advising.helping import LOSS, RESOURCES, Citation, Remedy
 from planner.advising.known import KnownMethod
 from planner.reports._table import value_text
+from planner.reports.knowledge.card import many
 
 SHOWN = ("tpot_s", "peak_memory_bytes", "artefact_bytes", LOSS)  # of the best plans
 
@@ -27,6 +28,7 @@ def _head(found: Advice) -> list[str]:
         f"{model.name} on {found.hardware.device.name} ({found.hardware.name}): {model.params_total / 1e6:,.1f} M parameters, "
         f"{units.format(model.weight_bytes, 'bytes')} in {model.weight_dtype}",
         f"{workload.prompt_tokens} prompt + {workload.output_tokens} output tokens, {requests}; predicted, nothing was run",
+        *([f"limits: {', '.join(found.limits)}"] if found.limits else []),
         *found.notes,
     ]
 
@@ -72,7 +74,8 @@ def _effects(effects: Mapping[str, float]) -> str:
 def _citation(said: Citation) -> str:
     if not said.figures:
         return f"{said.technique}: {said.source}"
-    return f"{said.technique}: {said.figures} published figures, e.g. {said.example} [{said.source}]"
+    example = f", e.g. {said.example}" if said.example else ""
+    return f"{said.technique}: {many(said.figures, 'published figure')}{example} [{said.source}]"
 
 
 def _alone(found: Advice) -> list[str]:
@@ -101,7 +104,7 @@ def _published(method: KnownMethod) -> str:
     said = method.published
     return (
         f"{said.factor:.2g} of what was needed at the median [{said.low:.2g} – {said.high:.2g}, "
-        f"{said.rows} figures of {said.models} models]{price}"
+        f"{many(said.rows, 'figure')} of {many(said.models, 'model')}]{price}"
     )
 
 

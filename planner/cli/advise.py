@@ -90,7 +90,9 @@ def budgets(texts: Iterable[str]) -> dict[str, dict[str, str]]:
         bound, better = ("max", "lower") if sign in ("<=", "≤") else ("min", "higher")
         if find_metric(label)[0].better != better:
             raise BadInput(
-                f"`{text}` asks for the worse", hint=f"write {label}{'>=' if bound == 'max' else '<='}…", where="--budget"
+                f"`{text}` asks for the worse",
+                hint=f"write {label}{'>=' if bound == 'max' else '<='}…",
+                where="--budget",
             )
         found[label] = {bound: value.strip()}
     return found

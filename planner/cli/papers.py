@@ -93,6 +93,6 @@ def _lines(papers: list[Paper]) -> Iterator[str]:
     for paper in papers:
         yield literal(f"{paper.year or '    '}  {paper.title}" + (f" ({paper.venue})" if paper.venue else ""))
         about = f"about {', '.join(paper.about)}" if paper.about else f"no technique: {paper.not_yet}"
-        seeds = " ".join(dict.fromkeys(place[:3] for place in paper.seeds))
+        seeds = " ".join(dict.fromkeys(place.partition(" ")[0] for place in paper.seeds))
         yield literal("      " + " · ".join(filter(None, (*paper.links[:1], about, f"seeds {seeds}" if seeds else ""))))
     yield f"{len(papers)} paper{'' if len(papers) == 1 else 's'}"

@@ -157,13 +157,16 @@ def test_messages_show_hostile_text_escaped(tmp_path):
 
 
 def test_a_text_is_one_line_however_it_is_written(tmp_path):
-    edits = {"compression": ("name: Wanda", 'name: "Wanda\\nand\\tmore"'), "papers": ("GPTQ: Accurate Quantization", '"GPTQ:\nAccurate"')}
+    edits = {
+        "compression": ("name: Wanda", 'name: "Wanda\\nand\\tmore"'),
+        "papers": ("GPTQ: Accurate Quantization", '"GPTQ:\nAccurate"'),
+    }
     field = read(tmp_path, **edits)
     assert field.methods["wanda"].name == "Wanda and more"
     assert field.papers["gptq"].title == "GPTQ: Accurate"
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_only_plain_files_are_read(tmp_path, make):
     write(tmp_path)
     (tmp_path / METHODS).unlink()

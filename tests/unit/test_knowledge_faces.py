@@ -62,6 +62,13 @@ def test_magnitudes_are_medians_with_their_counts() -> None:
 # ---------------------------------------------------------------- the matrix
 
 
+def test_what_others_bring_is_not_counted_as_ones_own() -> None:
+    found = field().magnitudes_of("static_kv_cache")["computation"]
+    assert found.factor > 1, "alone it is slower; with torch_compile, which does the work, it is faster"
+    assert found.rows < len(field().evidence_of("static_kv_cache"))
+    assert "computation" in field().magnitudes_of("token_dropping"), "figures with others are better than none"
+
+
 def test_every_row_of_the_matrix_has_every_resource_and_counts_its_methods() -> None:
     table = matrix()
     assert table.resources == RESOURCES
@@ -153,6 +160,9 @@ def test_techniques_that_run_here_are_listed_under_the_name_plans_use(capsys: py
         (("ls", "techniques", "--topic", "prunning"), "did you mean"),
         (("ls", "runs", "--saves", "memory"), "chooses among techniques"),
         (("explain", "gptqq"), "did you mean `gptq`"),
+        (("explain", "TensorRT-LLM"), "did you mean `tensorrt_llm`"),
+        (("explain", "weight_quantisation"), "leanplan ls techniques --topic weight_quantisation"),
+        (("matrix", "--topic", "gptq"), "leanplan explain gptq"),
         (("matrix", "--topic", "pruningg"), "did you mean"),
     ],
 )
@@ -197,6 +207,14 @@ def test_a_card_gathers_what_every_file_says(capsys: pytest.CaptureFixture[str])
 
 def test_a_technique_of_ours_is_explained_by_its_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "explain", "weight_gptq") == said(capsys, "explain", "gptq")
+
+
+def test_a_card_tells_no_more_digits_than_are_known() -> None:
+    found = card("wanda")
+    broken = replace(found.losses[0].loss, mid=0.46054, low=0.00012, high=9.0)
+    text = card_text.as_text(replace(found, losses=(replace(found.losses[0], loss=broken),), evidence_rows=1))
+    assert "1B +58% [+0.01% – beyond ×1000]" in text
+    assert "of 1 published figure:" in text
 
 
 def test_the_fitted_losses_of_a_card_fall_with_size() -> None:

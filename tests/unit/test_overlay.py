@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -218,6 +219,16 @@ def test_a_file_that_would_not_be_read_is_refused(lay, file, said):
     assert said in caught.value.message and caught.value.where == str(folder / file)
 
 
+@pytest.mark.parametrize("file", ["devices.csv", "composition_rules.csv", "papers.csv"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/nowhere")])
+def test_what_is_not_a_plain_file_is_refused(lay, file, make):
+    folder = lay({name: text for name, text in GOOD.items() if name not in (file, "composition_rules.csv")})
+    make(folder / file)
+    with pytest.raises(BadInput, match="not a plain file") as caught:
+        field()
+    assert caught.value.where == str(folder / file)
+
+
 def test_a_technique_may_not_hide_a_method_it_does_not_implement(lay):
     other = METHOD.replace("sparkle:", "weight_rounded:").replace("energy: evidence", "energy: arXiv:2210.17323")
     folder = lay({**GOOD, "methods/more.yaml": other})
@@ -244,6 +255,13 @@ def test_a_damaged_folder_is_left_out_as_a_whole_if_asked(lay, monkeypatch, capl
         f"{folder}/engines/lantern.py:1: engine `lantern` cannot be loaded: ZeroDivisionError: division by zero; "
         "its folder is left out"
     ]
+
+
+def test_code_that_would_end_leanplan_is_a_damaged_file(lay):
+    folder = lay({**GOOD, "engines/lantern.py": "raise SystemExit(3)\n"})
+    with pytest.raises(BadInput, match="cannot be loaded: SystemExit: 3") as caught:
+        field()
+    assert caught.value.where == f"{folder}/engines/lantern.py:1"
 
 
 def test_an_installed_package_lays_its_folder_over_ours(lay, monkeypatch, tmp_path):

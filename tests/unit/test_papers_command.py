@@ -101,14 +101,25 @@ def test_it_prints_what_its_schema_says(capsys: pytest.CaptureFixture[str]) -> N
     assert list(check.iter_errors([{**papers[0], "title": None}]))
 
 
+@pytest.mark.parametrize(
+    ("title", "code", "said"),
+    [("[red]<b>Hostile</b>[/red]", ExitCode.DONE, "[red]<b>Hostile</b>[/red]"),
+     ("Hostile \u202eeltit", ExitCode.BAD_INPUT, "papers.csv:2: error: a control character")],
+)  # fmt: skip
 def test_a_title_is_shown_never_obeyed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    title: str,
+    code: ExitCode,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "papers.csv").write_text(
-        "id,title,year,venue,links,seeds,about,not_yet\n"
-        "mine_2031,Hostile \u202eeltit,2031,,https://example.org/x,mine,gptq,\n"
+        f"id,title,year,venue,links,seeds,about,not_yet\nmine_2031,{title},2031,,https://example.org/x,mine,gptq,\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("LEANPLAN_KNOWLEDGE", str(tmp_path))
-    code, out, talk = run(capsys, "--year", "2031")
-    assert code == ExitCode.DONE, talk
-    assert "\u202e" not in out and r"Hostile \u202eeltit" in out
+    done, out, talk = run(capsys, "--year", "2031")
+    assert done == code
+    assert said in out + talk and "\u202e" not in out + talk
+    assert done or "seeds mine" in out

@@ -49,8 +49,8 @@ def _effect(effect: Effect) -> str:
     said = f"{effect.resource}" + (f", {effect.strength}" if effect.strength else "") + f" [{effect.why}]"
     if (published := effect.published) is not None:
         said += (
-            f": ×{published.factor:.3g} at the median of {_many(published.rows, 'published figure')} "
-            f"of {_many(published.models, 'model')} [×{published.low:.3g} – ×{published.high:.3g}]"
+            f": ×{published.factor:.3g} at the median of {many(published.rows, 'published figure')} "
+            f"of {many(published.models, 'model')} [×{published.low:.3g} – ×{published.high:.3g}]"
         )
     return said
 
@@ -77,7 +77,8 @@ def _ratio(log_ratio: float) -> str:
     return f"{round(percent, 2):+g}%" if log_ratio < 1 else f"×{float(f'{math.exp(log_ratio):.2g}'):g}"
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """Return `1 model`, `2 models`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -95,7 +96,7 @@ def _evidence(card: Card) -> list[str]:
     if not card.evidence_rows:
         return ["evidence: no published figure in the knowledge base"]
     return _block(
-        f"evidence, {len(card.evidence)} of {_many(card.evidence_rows, 'published figure')}",
+        f"evidence, {len(card.evidence)} of {many(card.evidence_rows, 'published figure')}",
         [_row(r) for r in card.evidence],
     )
 
