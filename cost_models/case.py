@@ -118,7 +118,7 @@ def _rates_row(key: tuple[Any, ...], device: Device) -> tuple[float, ...]:
     costs = overhead(engine, device.kind, device.features)
     peak = rate(device, shares.rate_dtype or compute_dtype)
     return (
-        shares.read_ratio, peak, shares.flop_ratio, costs.kernel_s, costs.step_s, costs.kv_read_ratio,
+        shares.read_share(device.memory_bytes_per_s), peak, shares.flop_share(peak), costs.kernel_s, costs.step_s, costs.kv_read_ratio,
         costs.prefill_chunk_tokens or np.inf, costs.runtime_bytes, shares.log_sd, costs.log_sd,
         float(costs.asynchronous),
     )  # fmt: skip

@@ -15,20 +15,37 @@ from knowledge_base.errors import EnvironmentProblem
 from knowledge_base.field.overlay import table
 from knowledge_base.types import Device
 
+BEST_SHARE = 0.95  # of a published bandwidth or rate that a falling share may come to
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
     """Shares of peak for one (engine, weight format, kind of device).
 
-    `read_ratio` of the memory bandwidth when reading weights at batch 1, unpacking included; `flop_ratio` of the
-    rate of `rate_dtype` in prefill; `log_sd` of both, in log space.
+    `read_ratio` of the memory bandwidth when reading weights at batch 1, unpacking included, at 1 TB/s; `flop_ratio` of
+    the rate of `rate_dtype` in prefill, at 100 Tflop/s; `log_sd` of both, in log space. Fast devices are harder to fill:
+    the shares go with bandwidth^-read_falls and rate^-flop_falls, 0 where they are the same at any.
     """
 
     rate_dtype: str | None  # None: the plan's own compute dtype
     read_ratio: float
+    read_falls: float
     flop_ratio: float
+    flop_falls: float
     log_sd: float
     source: str
+
+    def read_share(self, bytes_per_s: float) -> float:
+        """Return the share of a memory's bandwidth reached when reading weights."""
+        return _share(self.read_ratio, self.read_falls, bytes_per_s / 1e12)
+
+    def flop_share(self, flop_per_s: float) -> float:
+        """Return the share of an arithmetic rate reached in prefill."""
+        return _share(self.flop_ratio, self.flop_falls, flop_per_s / 1e14)
+
+
+def _share(ratio: float, falls: float, size: float) -> float:
+    return min(BEST_SHARE, ratio * size**-falls) if falls else ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +91,9 @@ def efficiency(engine: str, weight_format: str, compiled: bool, kind: str, featu
     return Efficiency(
         rate_dtype=row["rate_dtype"] or None,
         read_ratio=float(row["read_ratio"]),
+        read_falls=_number(row["read_falls"]) or 0.0,
         flop_ratio=float(row["flop_ratio"]),
+        flop_falls=_number(row["flop_falls"]) or 0.0,
         log_sd=float(row["log_sd"]),
         source=row["source"],
     )

@@ -522,9 +522,30 @@ def papers() -> str:
     )  # fmt: skip
 
 
+def accuracy() -> str:
+    from benchmarks import prediction_error
+
+    known = json.loads((prediction_error.HERE / "prediction_error.json").read_text(encoding="utf-8"))
+    parts = [
+        part
+        for title in ("committed rows", "all rows")
+        for part in (
+            f"## {title.capitalize()}\n",
+            f"{known[title]['rows']} measurements.\n",
+            prediction_error.as_markdown(known[title]),
+        )
+    ]
+    return page(
+        "Errors of predictions", "`benchmarks/prediction_error.json`", docstring(prediction_error),
+        "Committed rows are those under open licences; all rows are with those that may not be shipped. What is missed, and "
+        "which term is to blame: `benchmarks/README.md`.\n",
+        *parts,
+    )  # fmt: skip
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands": commands, "spec": spec, "exit-codes": exit_codes, "metrics": metrics, "techniques": techniques,
     "composition": composition, "engines": engines, "cost-terms": cost_terms, "protocols": protocols,
     "solvers": solvers, "catalogue": catalogue, "knowledge": knowledge, "survey": survey, "papers": papers,
-    "environment": environment, "files": files, "python": python,
+    "environment": environment, "files": files, "python": python, "accuracy": accuracy,
 }  # fmt: skip
