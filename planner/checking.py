@@ -12,6 +12,7 @@ from knowledge_base.errors import BadInput, EnvironmentProblem, ExitCode
 from knowledge_base.metrics import METRICS
 from knowledge_base.serde import plain
 from knowledge_base.types import Figure, Measurement, Plan
+from planner.judging import crowding, timed
 from planner.lock import NAME, Lock, read_lock
 from planner.results import ParetoSet, PlanResult, Verdict
 
@@ -298,11 +299,14 @@ def compare(
             low, high = sorted((sign * (new.low - old.high * reference), sign * (new.high - old.low * reference)))
             gaps.append((low - step, high + step))
         outcome = "worse" if all(g[0] > 0 for g in gaps) else "better" if all(g[1] < 0 for g in gaps) else "same"
-        if not same_machine and not repeatable:
+        crowd = crowding(now) if outcome == "worse" and timed(name) else None
+        if (not same_machine and not repeatable) or crowd:
             outcome = "not compared"
         change = f"{new.value / old.value - 1:+.1%}" if old.value else "from 0"
         if gaps[0][0] > 0 and outcome == "same":
             change += f", the unchanged model {drift - 1:+.1%}: the machine, not the plan"
+        if crowd:
+            change += f", while other programs kept {crowd:.1f} cores busy"
         was, is_now = (units.format(figure.value, metric.dimension) for figure in (old, new))
         sentence = f"{metric.label} {is_now}, locked {was} ({change})"
         out.append(Regression(metric=name, locked=old, now=new, outcome=outcome, sentence=sentence, drift=drift))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from knowledge_base import units
 from knowledge_base.metrics import METRICS
@@ -15,6 +16,22 @@ WORDS = {  # (outcome, bound) -> what stands between figure and limit
     ("not met", "max"): "is more than", ("not met", "min"): "is less than",
     ("inconclusive", "max"): "cannot be told from", ("inconclusive", "min"): "cannot be told from",
 }  # fmt: skip
+
+
+CROWDED_CORES = 0.15  # of other programs, that spoil timings; planner/statistics.py warns from there on
+FULL_RATIO = 0.75  # of the cores busy: a plan whose threads have others to go to is not held up
+
+
+def crowding(measurement: Measurement) -> float | None:
+    """Return the cores other programs kept busy while a plan was timed, where too few were left to it; else None.
+
+    Threads that wait for each other stand still when one of them loses its core, so a plan can come out many times slower.
+    """
+    known = measurement.protocol
+    other, cores = known.get("other_cores", 0.0), known.get("cores")
+    if cores and other > CROWDED_CORES and known.get("own_cores", 0.0) + other > FULL_RATIO * cores:
+        return float(other)
+    return None
 
 
 def judge(
@@ -42,7 +59,24 @@ def judge(
             verdicts.append(_of_figure(budget, limit, measurement.figures.get(budget.metric)))
         else:
             verdicts.append(_of_value(budget, limit, estimate.values.get(budget.metric) if estimate else None))
-    return tuple(verdicts)
+    return tuple(_in_a_crowd(verdict, measurement) for verdict in verdicts)
+
+
+def timed(metric: str) -> bool:
+    """Whether a figure follows from how long requests took: what other programs can spoil."""
+    return METRICS[metric].sampled or METRICS[metric].resource in ("energy", "money")
+
+
+def _in_a_crowd(verdict: Verdict, measurement: Measurement | None) -> Verdict:
+    """Return a verdict; where a time limit was missed on a crowded machine, that nothing can be told."""
+    if verdict.outcome != "not met" or measurement is None or not timed(verdict.budget.metric):
+        return verdict
+    if (other := crowding(measurement)) is None:
+        return verdict
+    return replace(
+        verdict, outcome="inconclusive",
+        sentence=f"{verdict.sentence}, but other programs kept {other:.1f} cores busy meanwhile",
+    )  # fmt: skip
 
 
 def _of_figure(budget: Budget, limit: float | None, figure: Figure | None) -> Verdict:

@@ -220,7 +220,7 @@ def screen(
     record = {
         **asdict(protocol), "dropped": dropped, "settled": settled, "counted": len(steady.latency_s), "cold_s": cold_s,
         "load_s": job.load_s, "lock_wait_s": waited_s, "other_cores": other, "load_average": load_before,
-        "own_cores": plain_statistics.median(samples.own_cores), "batch": job.batch, "prompt_tokens": job.prompt_tokens,
+        "own_cores": plain_statistics.median(samples.own_cores), "cores": len(os.sched_getaffinity(0)), "batch": job.batch, "prompt_tokens": job.prompt_tokens,
         "new_tokens": job.new_tokens, "steps": plain_statistics.median(steady.steps), "timed_s": sum(steady.latency_s),
         "framework_bytes": job.framework_bytes, "serving_peak_bytes": serving_peak,
         "open_peak_bytes": job.open_peak_bytes,
