@@ -131,12 +131,12 @@ def rate(device: Device, dtype: str) -> float:
     """
     if dtype in device.flop_per_s:
         return device.flop_per_s[dtype]
-    known = ", ".join(sorted(device.flop_per_s)) or "none"
+    known = ", ".join(sorted(device.flop_per_s))
+    choose = f"store the weights in one of these: {known}; or " if known else ""
     raise EnvironmentProblem(
         f"`{device.name}` has no known {dtype} rate; it is not guessed from another dtype",
-        hint=f"known rates: {known}. Store the weights in one of these, or measure on the machine itself: leanplan probe",
-        where="hardware",
-    )
+        hint=f"{choose}measure on the machine itself: leanplan probe", where="hardware",
+    )  # fmt: skip
 
 
 def _number(cell: str) -> float | None:

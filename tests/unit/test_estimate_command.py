@@ -348,7 +348,7 @@ def test_bad_input_is_one_sentence_with_its_flag_and_a_next_step(
 def test_an_unknown_rate_is_said(capsys: pytest.CaptureFixture[str], config: str, flags: tuple[str, ...]) -> None:
     code, out, talk = run(capsys, config, "--on", "t4", *flags)
     assert code == 4 and not out
-    assert "`t4` has no known bfloat16 rate" in talk and "hint: known rates: " in talk
+    assert "`t4` has no known bfloat16 rate" in talk and "hint: store the weights in one of these: " in talk
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e9, float("inf"), float("nan")])
