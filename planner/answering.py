@@ -53,11 +53,13 @@ def mark_front(results: Sequence[PlanResult], objectives: Sequence[str]) -> list
 def recommend(results: Sequence[PlanResult], objectives: Sequence[str]) -> PlanResult | None:
     """Return the feasible plan that is best on the first objective, near-ties settled by the next ones.
 
-    Plans that also meet the budgets of level warn come before those that do not. None when no plan meets every
-    error budget.
+    Plans that also meet the budgets of level warn come before those that do not, then finalists before the rest: only
+    their figures were taken in turns, so that a machine that slowed down meanwhile favours none. None when no plan
+    meets every error budget.
     """
     field = [r for r in results if r.feasible and not failed(r) and r.on_front]
     field = [r for r in field if all(v.outcome == "met" for v in r.verdicts)] or field
+    field = [r for r in field if r.finalist] or field
     for label in objectives:
         sign = 1 if find_metric(label)[0].better == "lower" else -1
         scored = [(sign * value, r) for r in field if (value := value_of(r, label)) is not None]

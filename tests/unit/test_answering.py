@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests_support import TOY_MODEL
 
@@ -50,6 +52,13 @@ def test_near_ties_go_to_the_next_objective() -> None:
     marked = answering.mark_front([BASELINE, FAST, nearly], OBJECTIVES)
     best = answering.recommend(marked, OBJECTIVES)
     assert best and best.plan == nearly.plan
+
+
+def test_a_finalist_is_not_passed_over_for_a_figure_taken_while_the_machine_was_quicker() -> None:
+    slowed = replace(result("again", 0.6, 80.0, 0.02), finalist=True)  # 0.5 before, as FAST was, which came no further
+    marked = answering.mark_front([BASELINE, FAST, slowed], OBJECTIVES)
+    best = answering.recommend(marked, OBJECTIVES)
+    assert best and best.plan == slowed.plan
 
 
 def test_nothing_is_recommended_when_nothing_fits() -> None:
