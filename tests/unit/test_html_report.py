@@ -81,7 +81,8 @@ def by_brute_force(view: View, budget) -> list[str]:  # type: ignore[no-untyped-
             need = needs.get(row.id)
             if need is not None and (need <= limit if budget.bound == "max" else need >= limit):
                 verdicts = tuple(replace(v, outcome="met") if v.budget == budget else v for v in row.result.verdicts)
-                judged.append(replace(row.result, verdicts=verdicts))
+                could_be = row.result.finalist or not row.result.feasible  # what is out today was in no final
+                judged.append(replace(row.result, verdicts=verdicts, finalist=could_be))
         found = answering.recommend(answering.mark_front(judged, view.answer.objectives), view.answer.objectives)
         if found and best[-1:] != [found.plan.id]:
             best.append(found.plan.id)

@@ -60,7 +60,7 @@ def _rungs(view: View, budget: Budget) -> list[tuple[float, Row]]:
     inside: list[PlanResult] = []
     for need, row in entering:
         inside.append(_within(row.result, budget))
-        if rungs and _cannot_win(view, rungs[-1][1].result, row.result):
+        if rungs and _cannot_win(view, _within(rungs[-1][1].result, budget), inside[-1]):
             continue
         best = answering.recommend(answering.mark_front(inside, view.answer.objectives), view.answer.objectives)
         chosen = next((r for r in view.shown if best and r.result.plan == best.plan), None)
@@ -90,13 +90,15 @@ def _need(verdict: Verdict) -> float | None:
 
 
 def _within(result: PlanResult, budget: Budget) -> PlanResult:
-    """Return the plan as it would be judged with this budget met."""
+    """Return the plan as it would be judged with this budget met; one that is out today could have been a finalist then."""
     verdicts = tuple(replace(v, outcome="met") if v.budget == budget else v for v in result.verdicts)
-    return replace(result, verdicts=verdicts)
+    return replace(result, verdicts=verdicts, finalist=result.finalist or not result.feasible)
 
 
 def _cannot_win(view: View, best: PlanResult, other: PlanResult) -> bool:
-    """Whether a plan is so much worse on the first objective that no tie rule could bring it up. Saves most work."""
+    """Whether a plan is so much worse on the first objective that no rule could bring it up. Saves most work."""
+    if other.finalist and not best.finalist:
+        return False
     label = view.answer.objectives[0]
     ours, theirs = answering.value_of(best, label), answering.value_of(other, label)
     if ours is None or theirs is None or any(v.outcome != "met" for v in best.verdicts if v.budget.level == "warn"):
