@@ -18,7 +18,7 @@ WORDS = {  # (outcome, bound) -> what stands between figure and limit
 }  # fmt: skip
 
 
-CROWDED_CORES = 0.15  # of other programs, that spoil timings; planner/statistics.py warns from there on
+CROWDED_CORES = 0.15  # of other programs, that spoil timings
 FULL_RATIO = 0.75  # of the cores busy: a plan whose threads have others to go to is not held up
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy
 
 from knowledge_base.types import Figure
+from planner.judging import CROWDED_CORES
 
 CONFIDENCE = 0.95
 TAIL_CONFIDENCE = 0.99
@@ -205,7 +206,7 @@ def stability(samples: Sequence[float], *, settled: bool = True, other_cores: fl
         found.append(f"the extremes lie at {values.min() / mean:.0%} and {values.max() / mean:.0%} of the mean")
     if len(values) >= 4 and values[0] > 1.25 * numpy.median(values[1:]) and values[0] == values.max():
         found.append("the first counted run was the slowest: warm-up was too short, or a cache was cold")
-    if other_cores > 0.15:
+    if other_cores > CROWDED_CORES:
         found.append(f"other processes kept {other_cores:.2f} cores busy: a quiet machine would do better")
     return tuple(found)
 

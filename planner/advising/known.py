@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from knowledge_base.field import field
 from knowledge_base.field.entries import Method
 from knowledge_base.field.magnitude import Magnitude
+from knowledge_base.rules import facts
 from knowledge_base.types import Hardware, Model, Workload
 from planner.advising.helping import WORTH
 
@@ -14,7 +15,13 @@ TOLD = 6
 SHARING = "serving"  # topic of what shares a machine between requests
 OFF_DEVICE = ("hardware_offloading", "collaborative_inference")  # topics that are fast only against not fitting at all
 ELSEWHERE = ("tpu", "mobile", "custom-accelerator", "neuromorphic")  # machines Leanplan does not plan for
-RATES = ("int8", "fp8", "fp4", "int4")  # a device that lists rates, but not this one, is taken to lack it
+SINCE = {
+    "bf16": 8.0,
+    "sparse-tensor-cores": 8.0,
+    "int8": 6.1,
+    "fp8": 8.9,
+    "fp4": 10.0,
+}  # compute capability of NVIDIA's
 NOT_CAUSAL = (
     "encoder",
     "encoder-decoder",
@@ -117,7 +124,8 @@ def _unmet(method: Method, model: Model, hardware: Hardware) -> tuple[str, ...]:
     device = hardware.device
     there = {"gpu": device.kind == "gpu", "cpu": True, "multi-device": len(hardware.devices) > 1}
     there |= dict.fromkeys(ELSEWHERE, False)
-    there |= {dtype: dtype in device.flop_per_s for dtype in RATES if device.flop_per_s}
+    if (capability := facts(hardware=hardware).get("hardware.compute_capability")) is not None:
+        there |= {need: capability >= least for need, least in SINCE.items()}
     kinds = {"moe": model.experts > 0, **dict.fromkeys(NOT_CAUSAL, False)}
     lacking = [f"{need}: {hardware.name} has none" for need in method.requires.hardware if not there.get(need, True)]
     return (
