@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test lint types accept bench docs clean
+.PHONY: setup demo test test-slow lint types accept bench docs clean
 
 setup: $(VENV)/ready
 
@@ -18,7 +19,10 @@ demo: setup
 	$(BIN)/leanplan plan examples/tiny-lm.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

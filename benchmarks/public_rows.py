@@ -12,8 +12,8 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -24,12 +24,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cost_models.efficiency import read_rows
-from cost_models.serving import NO_LINK_BYTES_PER_S, Deployments, cache_bytes
+from cost_models.serving import NO_LINK_BYTES_PER_S, POOLED, Deployments, cache_bytes, hardware_kind, vector_rate
 from cost_models.serving_fit import Observed
 
 DATA = Path(__file__).resolve().parent / "data"
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/ground_truth.csv"
 OPEN_LICENCES = ("Apache-2.0", "Apache-2.0 (benchmark repo)", "MIT", "BSD-3-Clause")
+DISPUTED = 2.0  # between reports of the same configuration; drivers and versions explain less
 MULTI_NODE = 8  # devices; beyond, the layouts of the rows are not told
 
 # What the metric is of, from the names the rows use.
@@ -42,17 +43,17 @@ FAMILIES = (
     (r"t-mac|hipfire|petals|awq \(hf generator|huggingface|hf transformers fp16|deepspeed|litert|npu", ""),
     (r"ml\.energy v2|^vllm 0\.[0-6]\.", "vllm_v0"), (r"vllm", "vllm"), (r"sglang", "sglang"), (r"trtllm|tensorrt", "tensorrt_llm"),
     (r"tinychat", "tinychat"), (r"autoawq.*gemv", "awq_gemv"), (r"autoawq", "awq"), (r"exllama", "exllama"), (r"gpt-fast", "gpt_fast"), (r"mlc", "mlc"), (r"mlx", "mlx"),
-    (r"litgpt|transformers|\bhf\b", "transformers"), (r"llama\.?cpp|ollama|lm studio", "llama_cpp"),
+    (r"litgpt|transformers|\bhf\b", "transformers"), (r"llama\.?cpp|ollama|lm ?studio", "llama_cpp"),
 )  # fmt: skip
 DEVICES = (
     (r"GB200", "gb200-sxm"), (r"B300", "b300-sxm"), (r"B200", "b200-sxm"), (r"H20\b", "h20"), (r"H200", "h200-sxm"),
-    (r"H100 PCIe", "h100-pcie"), (r"H100", "h100-sxm"), (r"A100-SXM4-40GB", "a100-sxm-40gb"), (r"A100 PCIe", "a100-pcie"), (r"A100", "a100-sxm"),
+    (r"H100 PCIe", "h100-pcie"), (r"H100 NVL", "h100-nvl-94gb"), (r"H100", "h100-sxm"), (r"V100", "v100-sxm2-32gb"), (r"A100-SXM4-40GB", "a100-sxm-40gb"), (r"A100 PCIe", "a100-pcie"), (r"A100", "a100-sxm"),
     (r"L40S", "l40s"), (r"\bA40\b", "a40"), (r"A6000", "rtx-a6000"), (r"6000 Ada", "rtx-6000-ada"), (r"5000 Ada", "rtx-5000-ada"),
     (r"4000 Ada", "rtx-4000-ada"), (r"A10G", "a10g"), (r"PRO 6000", "rtx-pro-6000-blackwell-server"), (r"\bT4\b", "t4"),
-    (r"RTX A4000|Nvidia A4000", "rtx-a4000"), (r"5090", "rtx-5090"), (r"5080", "rtx-5080"), (r"5070 Ti", "rtx-5070-ti"), (r"5070", "rtx-5070"),
-    (r"4090", "rtx-4090"), (r"4080", "rtx-4080"), (r"4070 Ti Super", ""), (r"4070 Ti", "rtx-4070-ti"), (r"4070", "rtx-4070"),
-    (r"3090 Ti", "rtx-3090-ti"), (r"3090", "rtx-3090"), (r"3080 Ti", "rtx-3080-ti"), (r"3080 12GB", ""), (r"3080", "rtx-3080"),
-    (r"3070", "rtx-3070"), (r"3060", "rtx-3060-12gb"), (r"2080 Ti", "rtx-2080-ti"), (r"1070", "gtx-1070"), (r"1050 Ti", "gtx-1050-ti"),
+    (r"RTX A4000|Nvidia A4000", "rtx-a4000"), (r"5090", "rtx-5090"), (r"5080", "rtx-5080"), (r"5070 Ti", "rtx-5070-ti"), (r"5070(?! Ti)", "rtx-5070"),
+    (r"4090(?! D\b)", "rtx-4090"), (r"4080(?! Super)", "rtx-4080"), (r"4070 Ti(?! Super)", "rtx-4070-ti"), (r"4070(?! Ti| Super)", "rtx-4070"),
+    (r"3090 Ti", "rtx-3090-ti"), (r"3090", "rtx-3090"), (r"3080 Ti", "rtx-3080-ti"), (r"3080(?! Ti| 12GB)", "rtx-3080"),
+    (r"3070(?! Ti)", "rtx-3070"), (r"3060(?! Ti)", "rtx-3060-12gb"), (r"2080 Ti", "rtx-2080-ti"), (r"1070", "gtx-1070"), (r"1050 Ti", "gtx-1050-ti"),
     (r"GB10", "gb10"), (r"7900 XTX", "rx-7900-xtx"), (r"7900 XT\b", "rx-7900-xt"), (r"9070 XT", "rx-9070-xt"), (r"8060S|Strix Halo", "radeon-8060s"),
     (r"Arc B580", "arc-b580"), (r"AGX Orin(?! CPU)", "jetson-agx-orin-64gb"),
     (r"M1 Ultra", "apple-m1-ultra"), (r"M1 Max", "apple-m1-max"), (r"\bM1 7-Core", "apple-m1"), (r"M2 Ultra", "apple-m2-ultra"),
@@ -60,7 +61,8 @@ DEVICES = (
     (r"M4 Max", "apple-m4-max"), (r"M4 Pro", "apple-m4-pro"), (r"\bM4\b", "apple-m4"), (r"M5 Max", "apple-m5-max"), (r"M5 Pro", "apple-m5-pro"),
     (r"EPYC 9554", "epyc-9554"),
 )  # fmt: skip
-MIXED = r"\bCPU\b(?! \w)|\[CPU\]|CM5|Pi 5|Pi 500|Orion|HiFive|Thelio|MS-R1|laptop|mobile|\+ RTX|DRAM|threads|integrated|NPU|distributed|Cluster|MI250X"
+OLD = r"\(.*202[34]|b741|llm-perf-bench|llm-awq"
+MIXED = r"^CPU\b|\bCPU\b(?! \w)|\[CPU\]|CM5|Pi 5|Pi 500|Orion|HiFive|Thelio|MS-R1|laptop|mobile|\+ RTX|DRAM|threads|integrated|NPU|distributed|Cluster|MI250X"
 BITS = (  # pattern of the weight dtype, kept bits for each weight (scales included), class
     (r"fp32|float32", 32.0, "16"), (r"nvfp4|mxfp4|^int4_wo", 4.5, "fp4"), (r"bf16|fp16|^f16", 16.0, "16"), (r"fp8", 8.0, "fp8"),
     (r"q8_0|gptq-int8|int8|^q8$|8bit", 8.5, "8"), (r"q6_k$|^q6$|6bit", 6.56, "4"), (r"q5_k|^q5", 5.7, "4"), (r"q4_k_s|iq4_nl", 4.6, "4"),
@@ -124,11 +126,13 @@ class Row:
     concurrent: bool  # batch is a closed loop of clients: a first token waits for others
     pcie: bool  # the devices of this row have no links of their own
     median_step: bool  # the median gap between tokens, which few other requests' prompts disturb
+    old: bool  # measured before llama.cpp had kernels for matrix units on quantised weights (middle of 2024)
 
     @property
     def tags(self) -> frozenset[str]:
         """What coefficients may depend on."""
-        return frozenset({f"{self.weight_class} moe" if self.shape.experts else self.weight_class, self.kind})
+        age = {"before 2024-07"} if self.old else set()
+        return frozenset({f"{self.weight_class} moe" if self.shape.experts else self.weight_class, self.kind, *age})
 
 
 @lru_cache(maxsize=1)
@@ -163,30 +167,33 @@ def _shape(row: dict[str, str]) -> Shape:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def find_shape(name: str) -> Shape | None:
-    """Return the shape a model's name stands for, or None."""
-    plain = re.sub(r"[ _/]+", "-", name.lower())
+    """Return the shape a model's name stands for, or None: `gemma3:27b` and `google/gemma-3-27b-it` are one."""
+    plain = re.sub(r"[ _/:]+", "-", name.lower())
+    plain = re.sub(r"\b(gemma|phi|llama|deepseek)(\d)", r"\1-\2", plain)
     return next((shape for pattern, shape in shapes() if re.search(pattern, plain)), None)
 
 
 def records() -> Iterator[dict[str, str]]:
     """Yield the rows as they were published: all of ../shared where it is there, else the committed ones."""
-    yield from (_read(SHARED) if SHARED.is_file() else committed())
+    yield from (read(SHARED) if SHARED.is_file() else committed())
 
 
 def committed() -> Iterator[dict[str, str]]:
     """Yield the committed rows, in the columns of ../shared."""
-    sources = {row["source"]: row for row in _read(DATA / "public_sources.csv")}
-    for row in _read(DATA / "public_rows.csv"):
+    sources = {row["source"]: row for row in read(DATA / "public_sources.csv")}
+    for row in read(DATA / "public_rows.csv"):
         yield row | {k: sources[row["source"]][k] for k in ("source_url", "licence")}
 
 
-def _read(path: Path) -> Iterator[dict[str, str]]:
+def read(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
 
 
-def usable(rows: Iterator[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str, str]]]:
+def usable(rows: Iterable[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str, str]]]:
     """Return the rows that can be predicted, and how many of each (metric, reason) cannot."""
     kept, left = [], Counter[tuple[str, str]]()
     for row in rows:
@@ -197,7 +204,18 @@ def usable(rows: Iterator[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str
             left[row["metric"], found] += 1
         else:
             kept.append(found)
-    return kept, left
+    disputed = _disputed(kept)
+    left.update((row.what, f"reports of one configuration differ by more than {DISPUTED:g} times") for row in disputed)
+    return [row for row in kept if row not in disputed], left
+
+
+def _disputed(rows: Sequence[Row]) -> set[Row]:
+    """Return the rows of configurations of which two reports contradict each other: neither can be believed."""
+    reports = defaultdict(list)
+    for row in rows:
+        reports[replace(row, source="", licence="", value=0.0)].append(row)
+    values = {case: [row.value for row in same] for case, same in reports.items()}
+    return {row for case, same in reports.items() if max(values[case]) > DISPUTED * min(values[case]) for row in same}
 
 
 def _row(row: dict[str, str]) -> Row | str:
@@ -205,17 +223,19 @@ def _row(row: dict[str, str]) -> Row | str:
     notes, hardware, metric = row["notes"], row["hardware"], METRICS.get(row["metric"])
     if metric is None:
         return "not a quantity that is predicted"
+    if any(not _is_count(row[cell]) for cell in ("batch", "prompt_tokens", "output_tokens", "value")):
+        return "a cell that should be a number is none"
     if re.search("SUSPECT|spec_decoding=True|MTP|multimodal", notes + row["model"].upper()):
         return "marked suspect, or speculative decoding"
     if "MLPerf" in row["engine"]:
         return "precision and batch not stated (MLPerf)"
     engine = "vllm 0.2" if "llm-perf-bench" in row["source_url"] and row["engine"] == "vLLM" else row["engine"].lower()
-    family = next((name for pattern, name in FAMILIES if re.search(pattern, engine)), "")
-    if not family:
-        return "engine has no law"
+    family = next((name for pattern, name in FAMILIES if re.search(pattern, engine)), POOLED)
+    if family == "":
+        return "engine that is unlike any with a law"
     if re.search(MIXED, hardware):
         return "processor, mixed or slow host"
-    device = next((name for pattern, name in DEVICES if re.search(pattern, hardware)), "")
+    device = find_device(hardware)
     facts = device_facts(device)
     if facts is None:
         return "device is not in the catalogue"
@@ -247,15 +267,23 @@ def _row(row: dict[str, str]) -> Row | str:
         output = max(float(held[1]) - prompt, 1.0)  # the cache is laid out for the whole context
     if family == "llama_cpp" and devices > 1:
         return "layers over several devices (llama.cpp)"
-    value = _value(row["metric"], float(row["value"]), batch, prompt, output)
+    value = _value(row["metric"], float(row["value"] or 0), batch, prompt, output)
     if not value > 0:
         return "no positive value"
     concurrent = "silicon_sample" in row["source_url"] or "LLMServingSim" in row["source_url"]
     return Row(
-        source=row["source_url"], licence=row["licence"], family=family, device=device, devices=devices, kind=kind_of(device),
+        source=row["source_url"], licence=row["licence"], family=family, device=device, devices=devices, kind=hardware_kind(device, features_of(device)),
         shape=shape, bits=bits, expert_bits=expert_bits, head_bits=_head_bits(dtype, bits), weight_class=weight_class, batch=batch, prompt_tokens=max(prompt, 1.0),
         output_tokens=output, metric=metric, what=row["metric"], value=value, concurrent=concurrent, pcie="PCIe not NVLink" in notes, median_step="v3" in row["engine"] and row["metric"] == "tpot_s",
+        old=family == "llama_cpp" and bool(re.search(OLD, engine + row["source_url"])),
     )  # fmt: skip
+
+
+def _is_count(cell: str) -> bool:
+    try:
+        return not cell or 0 <= float(cell) < float("inf")
+    except ValueError:
+        return False
 
 
 def _value(metric: str, value: float, batch: float, prompt: float, output: float) -> float:
@@ -277,7 +305,7 @@ def _devices(notes: str, hardware: str) -> int | None:
     """Return how many devices share the weights; None where the layout is not told or attention has copies."""
     found = re.search(r"[x*] ?(\d+)\b(?!\s*GB)", hardware)
     devices = int(found[1]) if found else 1
-    copies = re.search(r"attnDP(\d+)", notes)
+    copies = re.search(r"(?:attn|\b)DP(\d+)\b", notes)
     if not 1 <= devices <= MULTI_NODE or re.search(r"DP2|x\d\.\d", hardware) or (copies and copies[1] != "1"):
         return None
     return devices
@@ -302,25 +330,62 @@ def _head_bits(dtype: str, bits: float) -> float:
     return found or bits
 
 
+VENDOR_WORDS = frozenset(
+    re.findall(r"\w+", "nvidia geforce rtx gtx sxm generation amd radeon rx instinct apple intel platinum gold")
+)
+# After a name: another device.
+VARIANTS = frozenset(re.findall(r"\w+", "ti super max ultra pro laptop mobile nvl pcie d ada xt xtx"))
+
+
+@lru_cache(maxsize=4096)
+def find_device(hardware: str) -> str:
+    """Return the name in the catalogue of the device some words describe, empty where none is known.
+
+    The catalogue's longest name of which all telling words stand together, not followed by a word that makes it
+    another device; else a name that sources shorten. Processors are the device where no accelerator is named.
+    """
+    words, best = _words(hardware), ("", (False, 0))
+    for name, accelerates, wanted in _catalogue_words():
+        for i in range(len(words) - len(wanted) + 1):
+            rest = words[i + len(wanted) :]
+            if words[i : i + len(wanted)] == wanted and VARIANTS.isdisjoint(rest[:1]):
+                best = max(best, (name, (accelerates, len(wanted))), key=lambda found: found[1])
+    short = "" if best[1][0] else next((name for pattern, name in DEVICES if re.search(pattern, hardware)), "")
+    return short or best[0]
+
+
+@lru_cache(maxsize=1)
+def _catalogue_words() -> list[tuple[str, bool, list[str]]]:
+    names = [
+        (row["name"], row["kind"] != "cpu", _words(re.sub(r"\(.*?\)", "", row[cell])))
+        for row in read_rows("devices.csv")
+        for cell in ("name", "device")
+    ]
+    return [found for found in names if found[2]]
+
+
+def _words(name: str) -> list[str]:
+    """Return the telling words of a device's name, without its makers'; `16 GB` is one word."""
+    joined = re.sub(r"(\d) ?gb\b", r"\1gb", name.lower())
+    return [w for w in re.findall(r"[a-z0-9+.]+", joined) if re.sub(r"^sxm\d$", "sxm", w) not in VENDOR_WORDS]
+
+
 @lru_cache(maxsize=256)
 def device_facts(name: str) -> dict[str, float] | None:
     """Return bandwidth, rates, memory, link and power of a device of the catalogue; None where it has no bandwidth."""
     row = next((r for r in read_rows("devices.csv") if r["name"] == name), None)
     if row is None or not row["memory_bytes_per_s"]:
         return None
-    cells = ("memory_bytes_per_s", "bfloat16_flop_per_s", "float16_flop_per_s", "fp8_flop_per_s", "int4_flop_per_s",
+    cells = ("memory_bytes_per_s", "bfloat16_flop_per_s", "float16_flop_per_s", "int8_flop_per_s", "fp8_flop_per_s", "int4_flop_per_s",
              "measured_bfloat16_flop_per_s", "float32_flop_per_s", "link_bytes_per_s", "tdp_w", "idle_w", "memory_bytes")  # fmt: skip
     return {cell: float(row[cell]) if row[cell] else float("nan") for cell in cells}
 
 
-def kind_of(device: str) -> str:
-    """Return the class of hardware a device belongs to."""
-    family = next(r["family"] for r in read_rows("devices.csv") if r["name"] == device)
-    if family == "cuda" and not re.match("rtx|gtx|gb10|jetson|t4", device):
-        return "data centre"
-    if re.match("jetson|gb10|radeon-8060s", device):
-        return "shared memory"
-    return {"cuda": "consumer", "rocm": "AMD", "metal": "Apple", "xpu": "Intel"}.get(family, family)
+@lru_cache(maxsize=256)
+def features_of(device: str) -> frozenset[str]:
+    """Return how a device of the catalogue is programmed, and its generation."""
+    row = next(r for r in read_rows("devices.csv") if r["name"] == device)
+    return frozenset({row["family"], f"sm_{row['compute_capability'].replace('.', '')}"})
 
 
 def observed(rows: Sequence[Row], left: Counter[tuple[str, str]]) -> tuple[Observed, list[Row]]:
@@ -336,6 +401,8 @@ def observed(rows: Sequence[Row], left: Counter[tuple[str, str]]) -> tuple[Obser
         ("the device's arithmetic rate is not known", computes & np.isnan(d.flop_per_s)),
         ("the device's power is not known", np.isin(table.quantity, ("energy", "power")) & np.isnan(d.power_w)),
         ("faster than the memory can be read: conditions misstated", (table.quantity == "tpot") & (table.value < 0.8 * floor)),
+        ("less memory than the weights take: conditions misstated", (table.quantity == "memory") & (table.value < 0.8 * d.stored_bytes)),
+        ("more memory than the device has", (table.quantity == "memory") & (table.value > 1.05 * d.devices * d.memory_bytes)),
     )  # fmt: skip
     kept = np.ones(len(rows), dtype=bool)
     for why, bad in reasons:
@@ -361,7 +428,7 @@ def _observed(rows: Sequence[Row]) -> Observed:
     dense, experts = of("shape", "dense_params"), of("shape", "expert_params")
     dense_bytes = ((dense - head) * bits + head * of("head_bits")) / 8
     cache = np.where([row.family == "tensorrt_llm" and row.weight_class in ("fp8", "fp4") for row in rows], 1.0, 2.0)
-    link = fact("link_bytes_per_s")
+    link = np.array([f["link_bytes_per_s"] for f in facts])
     deployments = Deployments(
         dense_bytes=dense_bytes, expert_bytes=experts * expert_bits / 8, dense_params=dense, expert_params=experts,
         stored_bytes=dense_bytes + experts * expert_bits / 8 + of("shape", "embedding_params") * of("head_bits") / 8,
@@ -374,6 +441,8 @@ def _observed(rows: Sequence[Row]) -> Observed:
         clients=of("concurrent"), median_step=of("median_step"), devices=of("devices"), memory_bytes=fact("memory_bytes"),
         bytes_per_s=fact("memory_bytes_per_s"), flop_per_s=np.array([_rate(f, row.weight_class) for f, row in zip(facts, rows)]),
         link_bytes_per_s=np.where(np.isnan(link) | (of("pcie") > 0), NO_LINK_BYTES_PER_S, link), power_w=fact("tdp_w"),
+        vocab_size=of("shape", "head_params") / of("shape", "hidden_size"),
+        vector_flop_per_s=np.array([vector_rate(rate, features_of(row.device)) for rate, row in zip(np.nan_to_num(fact("float32_flop_per_s"), nan=np.inf), rows)]),
     )  # fmt: skip
     return Observed(
         deployments=deployments, quantity=np.array([row.metric for row in rows]), value=of("value"),
@@ -383,7 +452,10 @@ def _observed(rows: Sequence[Row]) -> Observed:
 
 
 def _rate(facts: Mapping[str, float], weight_class: str) -> float:
-    """Return the rate an engine computes at: a measured one before a published one, scaled to narrower types."""
+    """Return the rate an engine computes at: a measured one before a published one, scaled to narrower types.
+
+    Half the int8 rate where that is more: GeForce cards halve wide sums, which kernels for reading prompts avoid.
+    """
     published = next(
         (facts[c] for c in ("bfloat16_flop_per_s", "float16_flop_per_s") if facts[c] == facts[c]),
         facts["float32_flop_per_s"],
@@ -392,7 +464,7 @@ def _rate(facts: Mapping[str, float], weight_class: str) -> float:
     wide = measured if measured == measured else published
     narrow = {"fp8": "fp8_flop_per_s", "fp4": "int4_flop_per_s"}.get(weight_class)
     if narrow is None or facts[narrow] != facts[narrow]:
-        return wide
+        return wide * float(np.fmax(1.0, facts["int8_flop_per_s"] / 2 / published))
     return wide * facts[narrow] / published
 
 
@@ -401,11 +473,11 @@ def write() -> None:
     columns = ("source", "model", "hardware", "engine", "weight_dtype", "batch", "prompt_tokens", "output_tokens", "metric", "value", "notes")  # fmt: skip
     numbers: dict[tuple[str, str], int] = {}
     lines = []
-    for row in _read(SHARED):
+    for row in read(SHARED):
         if row["licence"] in OPEN_LICENCES and not row["metric"].startswith("train"):
             number = numbers.setdefault((row["source_url"], row["licence"]), len(numbers) + 1)
             told = re.findall(
-                r"SUSPECT|spec_decoding=True|MTP|multimodal|PCIe not NVLink|attnDP\d+|\bctx \d+|\((?:gpqa|lm-arena-chat|sourcegraph-fim)\)",
+                r"SUSPECT|spec_decoding=True|MTP|multimodal|PCIe not NVLink|attnDP\d+|\bDP[2-9]\d*|\bctx \d+|\((?:gpqa|lm-arena-chat|sourcegraph-fim)\)",
                 row["notes"],
             )
             lines.append([number, *(row[c] for c in columns[1:-1]), " ".join(told)])

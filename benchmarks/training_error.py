@@ -2,8 +2,8 @@
 
     python benchmarks/training_error.py            # a second; --rows prints every figure
 
-Figures come from the evidence of the knowledge base and from training_rows.csv (rows of LitGPT, Apache-2.0, that the
-evidence lacks). What each source says of its runs is in this file; a run whose batch or length nobody states is left out.
+Figures come from the evidence of the knowledge base and from training_rows.csv (rows of LitGPT and PEFT, Apache-2.0,
+that the evidence lacks). What each source says of its runs is in this file; a run whose batch or length nobody states is left out.
 """
 
 from __future__ import annotations
@@ -208,10 +208,18 @@ _PEFT: dict[str, dict[str, Any]] = {
     "rank32 (lora)": {"method": "lora", "rank": 32},
     "rank64 (lora)": {"method": "lora", "rank": 64},
     "rank64-rslora (lora)": {"method": "lora", "rank": 64},
+    "rank32-dora (lora)": {"method": "lora", "rank": 32, "magnitudes": True},
     "rank10-target-mlp (lora)": {"method": "lora", "rank": 10, "targets": ("gate", "up", "down")},
     "default (ia3)": {"method": "scale", "targets": ("k", "v", "up")},  # down's input is up's product
+    "lr_0.001 (ia3)": {"method": "scale", "targets": ("k", "v", "up")},
+    "default (ln_tuning)": {"method": "norm"},
     "target-v_proj (beft)": {"method": "bias", "targets": ("v",)},
     "lr_0.0005 (adaptionprompt)": {"method": "prompt"},
+    "lr_0.001 (prefixtuning)": {"method": "prompt", "virtual_tokens": 200},
+    "lr_0.005_zero_init (prefixtuning)": {"method": "prompt", "virtual_tokens": 200},
+    "tokens50-init_prefix-lr_0.005 (prefixtuning)": {"method": "prompt", "virtual_tokens": 50},
+    "lr_0.001 (prompt_tuning)": {"method": "soft_prompt", "virtual_tokens": 200, "sequence_tokens": 968},
+    "sample_vocab-lr_0.001 (prompt_tuning)": {"method": "soft_prompt", "virtual_tokens": 200, "sequence_tokens": 968},
 }
 
 
@@ -221,10 +229,14 @@ def peft(row: EvidenceRow) -> Run:
         raise LeftOut("mean length of the samples not stated, so no time can be told")
     if row.setting not in _PEFT:
         raise LeftOut("a kind of adapter without a formula here")
-    setup = TrainingSetup(batch=4, sequence_tokens=768, **_PEFT[row.setting])
+    return peft_result(row.model, row.setting, row.value)
+
+
+def peft_result(name: str, setting: str, gigabytes: float) -> Run:
+    setup = TrainingSetup(**{"batch": 4, "sequence_tokens": 768, **_PEFT[setting]})
     return Run(
-        source="PEFT comparison", model=model_of(row.model), setup=setup, figure=row.value * GB, counts="reserved"
-    )
+        source="PEFT comparison", model=model_of(name), setup=setup, figure=gigabytes * GB, counts="reserved"
+    )  # fmt: skip
 
 
 def lomo(row: EvidenceRow) -> Iterator[Run]:
@@ -306,9 +318,11 @@ def runs() -> tuple[list[Run], Counter[str]]:
             left[str(reason)] += 1
     with (Path(__file__).parent / "training_rows.csv").open(newline="") as file:
         for cells in csv.DictReader(file):
-            run = litgpt_table(
-                cells["model"], cells["method"], cells["weight_dtype"], int(cells["batch"]), float(cells["peak_gb"])
-            )
+            name, method, figure = cells["model"], cells["method"], float(cells["peak_gb"])
+            if method in _PEFT:
+                run = peft_result(name, method, figure)
+            else:
+                run = litgpt_table(name, method, cells["weight_dtype"], int(cells["batch"]), figure)
             kept[run.source, run.model.name, run.setup, run.counts, run.figure] = run
     return list(kept.values()), left
 

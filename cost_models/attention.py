@@ -121,7 +121,8 @@ def prefill_flop_ratio(model: Model, method: str, tokens: int) -> float:
     """
     demand = demand_of(model, Workload(prompt_tokens=tokens, output_tokens=1), "transformers")
     matrices = tokens * demand.linear_flop_per_token
-    pairs = float(causal_pairs(tokens, float(model.sliding_window_tokens or math.inf)))
+    windowed = float(causal_pairs(tokens, float(model.sliding_window_tokens or math.inf)))
+    pairs = model.window_share * windowed + (1 - model.window_share) * float(causal_pairs(tokens, math.inf))
     attention = pairs * demand.attention_flop_per_token_pair
     exact = tokens * (tokens + 1) / 2 * demand.attention_flop_per_token_pair
     wanted = exact * scale(method, tokens=tokens, d=model.head_size).time

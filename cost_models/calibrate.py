@@ -15,7 +15,16 @@ from types import ModuleType
 
 import numpy as np
 
-from cost_models.calibration import Calibration, Correction, Effects, Features, design, own_log_sd, posterior
+from cost_models.calibration import (
+    Calibration,
+    Correction,
+    Effects,
+    Features,
+    design,
+    own_log_sd,
+    posterior,
+    unsoftened,
+)
 from cost_models.case import case_of
 from cost_models.demand import chains
 from cost_models.predict import COVERAGE, DEGREES, Figures, Z, predict_term
@@ -49,7 +58,7 @@ def fit(
     """
     groups = []
     for taken, facts, load in ((measurements, model, workload), *others):
-        good = [m for m in taken if m.failure is None]
+        good = [m.as_alone for m in taken if m.failure is None]
         if good:
             memo = chains(facts, load)
             nodes = [memo.node(m.plan) for m in good]
@@ -95,7 +104,8 @@ def _observe(
             and mids[i] > 0
         ):
             chosen.append(i)
-            errors.append(math.log((figure.value + shift) / mids[i]))
+            error = math.log((figure.value + shift) / mids[i])
+            errors.append(unsoftened(math.log(mids[i]), error) if getattr(term, "NEVER_BELOW_NONE", False) else error)
     return effects.take(chosen), priors[:, chosen], np.array(errors)
 
 

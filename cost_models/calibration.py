@@ -10,6 +10,7 @@ sharpens the effects it took part in; plans that share none of them keep wide in
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,6 +25,7 @@ from cost_models.terms._prediction import Prediction
 # Shares of the prior variance. Common effects scale with the metric's typical uncertainty, the others with the plan's.
 SHARES = {"machine": 0.35, "model": 0.10, "engine": 0.20, "format": 0.25, "technique": 0.15, "setting": 0.08}
 COMMON = ("machine", "model", "engine")
+SMALLEST = 0.05  # share of a predicted loss: what is measured of less is noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +176,6 @@ class Calibration:
     hardware_fingerprint: str
     corrections: Mapping[str, Correction]
 
-    def knows(self, term: ModuleType) -> bool:
-        """Return whether that term was calibrated."""
-        return term.QUANTITY in self.corrections
-
     def correct(self, term: ModuleType, prediction: Prediction, features: Features) -> Prediction:
         """Return the prediction corrected, with the uncertainty that remains. Parts grow in proportion."""
         correction = self.corrections.get(term.QUANTITY)
@@ -186,11 +184,35 @@ class Calibration:
         own = own_log_sd(prediction)
         log_shift, variance = posterior(correction, features.of(term), (own, prediction.step_log_sd))
         shift = getattr(term, "SHIFT", 0.0)
+        if getattr(term, "NEVER_BELOW_NONE", False):
+            log_shift = softened(np.log(prediction.mid + shift), log_shift)
         mid = (prediction.mid + shift) * np.exp(log_shift) - shift
         remaining = np.where(np.broadcast_to(own, variance.shape) > 0, correction.widening * np.sqrt(variance), 0.0)
         grown = np.exp(log_shift)
         parts = {} if shift else {name: part * grown for name, part in prediction.parts.items()}
         return replace(prediction, mid=mid, log_sd=np.hypot(remaining, prediction.inherited_log_sd), parts=parts)
+
+
+def softened(predicted: Any, shift: Any) -> np.ndarray:
+    """Return the shift of a log ratio that comes near to no loss but never past it: predicted x (exp(shift / predicted) - 1).
+
+    A shift is learned in standard deviations, and those of a plan unlike any measured are wider than its loss: taken as it
+    is, it would promise a model better than the unchanged one. Upwards, and where no loss was predicted, it is taken so.
+
+    >>> softened(np.array([0.1, 0.1, 0.0]), np.array([-0.3, 0.3, -0.3])).round(3).tolist()
+    [-0.095, 0.3, -0.3]
+    """
+    predicted, shift = np.broadcast_arrays(np.asarray(predicted, dtype=float), np.asarray(shift, dtype=float))
+    lowered = (shift < 0) & (predicted > 0)
+    scale = np.where(lowered, predicted, 1.0)
+    return np.where(lowered, scale * np.expm1(np.minimum(shift / scale, 0.0)), shift)
+
+
+def unsoftened(predicted: float, error: float) -> float:
+    """Return the shift that `softened` makes that error of; of a loss that was next to none, that of SMALLEST of it."""
+    if error >= 0 or predicted <= 0:
+        return error
+    return predicted * math.log(max(1 + error / predicted, SMALLEST))
 
 
 def own_log_sd(prediction: Prediction) -> Any:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,17 @@ import numpy as np
 
 from cost_models.demand import MODEL_NUMBERS, NUMBERS, Node
 from cost_models.efficiency import efficiency, overhead, rate
-from knowledge_base.types import Device, Hardware, Workload
+from cost_models.engine_memory import held
+from knowledge_base.engines._serving import side_by_side
+from knowledge_base.errors import EnvironmentProblem
+from knowledge_base.registry import engines
+from knowledge_base.types import Device, Hardware, Reached, Workload
 
 CACHE_GAIN = (
     2.5  # how much faster weights are read that stay in the last level of cache between steps; own runs, 2026-11
 )
+RUNTIME_LOG_SD = 0.25  # of the memory an engine takes whatever the model
+SHAPES_LOG_SD = 0.3  # of the share of the peak rate where no prompt was timed: large matrices told it, prompts are thin
 ONE_CORE_BYTES_PER_S = 25e9  # what one core can read at best; 26 to 28 GB/s measured on a Zen 4 server core
 
 
@@ -32,11 +39,27 @@ class Case:
     rates: Rates
     workload: Workload
     hardware: Hardware
+    calibrated: frozenset[str]  # metrics for which every plan's rates were measured on the device (`Device.reached`)
+    decodes: bool = True  # False: an encoder, which reads its text in one pass
+    slotted: Any = False  # (plans,) whether requests share the steps of the engine's own server, several at a time
+    reused_tokens: Any = 0.0  # (plans,) of a prompt, kept from earlier requests: only under load
 
     @property
     def device(self) -> Device:
         """The device the model runs on."""
         return self.hardware.device
+
+    def need_decoding(self) -> None:
+        """Refuse to price tokens of a model that writes none.
+
+        Raises:
+            EnvironmentProblem: the model is an encoder.
+        """
+        if not self.decodes:
+            raise EnvironmentProblem(
+                "an encoder reads its text in one pass and writes no tokens",
+                hint="ttft and latency tell that pass, requests how many texts each second",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +75,15 @@ class Rates:
     step_s: Any
     prefill_chunk_tokens: Any  # inf: the whole prompt at once
     runtime_bytes: Any
+    runtime_log_sd: Any
     weights_log_sd: Any  # uncertainty of the efficiencies
+    shapes_log_sd: Any  # what they leave open of the arithmetic rate of a prompt
     overhead_log_sd: Any
     asynchronous: Any  # 1 where the host runs ahead of the device
+    held_ratio: Any  # see engine_memory.Held, and the three below
+    tied_ratio: Any
+    copies_ratio: Any
+    copies_log_sd: Any
 
 
 def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Case:
@@ -74,14 +103,26 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
         rates=rates,
         workload=workload,
         hardware=hardware,
+        calibrated=_calibrated(nodes, hardware.device),
+        decodes=nodes[0].demand.model.kind != "encoder",
+        slotted=np.array([_has_server(node.key[0]) for node in nodes]) & (demand["batch"] > 1),
     )
+
+
+@lru_cache(maxsize=64)
+def _has_server(engine: str) -> bool:
+    return engine in engines.names() and side_by_side(engines.get(engine))
 
 
 def _rates(nodes: Sequence[Node], threads: np.ndarray, weights_bytes: np.ndarray, device: Device) -> Rates:
     codes: dict[tuple[Any, ...], int] = {}
     index = np.array([codes.setdefault(node.key, len(codes)) for node in nodes])
-    rows = np.array([_rates_row(key, device) for key in codes]).T[:, index]  # (rates, plans)
-    read, peak, flop, kernel, step, kv, chunk, runtime, weights_sd, overhead_sd, asynchronous = rows
+    reached = {(r.engine, r.weight_format, r.compiled): r for r in device.reached}
+    rows = np.array([rates_row(key, device, reached) for key in codes]).T[:, index]  # (rates, plans)
+    read, peak, flop, kernel, step, kv, chunk, asynchronous, runtime, *log_sds = rows
+    runtime_sd, weights_sd, shapes_sd, overhead_sd = log_sds
+    memory = [held(engine, weight_format, device) for engine, weight_format, *_ in codes]
+    held_ratio, tied_ratio, copies_ratio, copies_sd = np.array([astuple(found) for found in memory]).T[:, index]
     bandwidth, compute = _thread_shares(threads, device)
     bytes_per_s = device.memory_bytes_per_s * bandwidth
     return Rates(
@@ -94,9 +135,15 @@ def _rates(nodes: Sequence[Node], threads: np.ndarray, weights_bytes: np.ndarray
         step_s=step,
         prefill_chunk_tokens=chunk,
         runtime_bytes=runtime,
+        runtime_log_sd=runtime_sd,
         weights_log_sd=weights_sd,
+        shapes_log_sd=shapes_sd,
         overhead_log_sd=overhead_sd,
         asynchronous=asynchronous,
+        held_ratio=held_ratio,
+        tied_ratio=tied_ratio,
+        copies_ratio=copies_ratio,
+        copies_log_sd=copies_sd,
     )
 
 
@@ -112,16 +159,38 @@ def _cache_gain(weights_bytes: np.ndarray, device: Device) -> Any:
     return 1 / (1 - held + held / CACHE_GAIN)
 
 
-def _rates_row(key: tuple[Any, ...], device: Device) -> tuple[float, ...]:
+def rates_row(
+    key: tuple[Any, ...], device: Device, reached: Mapping[tuple[str, str, bool], Reached]
+) -> tuple[float, ...]:
+    """Return what a device gives one engine and weight format: by measurements there are, else by the tables' shares.
+
+    Raises:
+        EnvironmentProblem: the device lacks the rate of the dtype that is computed with.
+    """
     engine, weight_format, compute_dtype, compiled = key
     shares = efficiency(engine, weight_format, compiled, device.kind, device.features)
     costs = overhead(engine, device.kind, device.features)
     peak = rate(device, shares.rate_dtype or compute_dtype)
+    engines_own = (costs.kv_read_ratio, costs.prefill_chunk_tokens or np.inf, float(costs.asynchronous))
+    found = reached.get((engine, weight_format, compiled))
+    if found is not None:
+        return (
+            found.weights_bytes_per_s / device.memory_bytes_per_s, peak, found.flop_per_s / peak, found.kernel_s,
+            found.step_s, *engines_own, found.runtime_bytes, found.runtime_log_sd, found.read_log_sd,
+            found.flop_log_sd, found.overhead_log_sd,
+        )  # fmt: skip
     return (
-        shares.read_share(device.memory_bytes_per_s), peak, shares.flop_share(peak), costs.kernel_s, costs.step_s, costs.kv_read_ratio,
-        costs.prefill_chunk_tokens or np.inf, costs.runtime_bytes, shares.log_sd, costs.log_sd,
-        float(costs.asynchronous),
+        shares.read_share(device.memory_bytes_per_s), peak, shares.flop_share(peak), costs.kernel_s, costs.step_s,
+        *engines_own, costs.runtime_bytes, RUNTIME_LOG_SD, shares.log_sd, SHAPES_LOG_SD, costs.log_sd,
     )  # fmt: skip
+
+
+def _calibrated(nodes: Sequence[Node], device: Device) -> frozenset[str]:
+    metrics = {(r.engine, r.weight_format, r.compiled): frozenset(r.metrics) for r in device.reached}
+    if not metrics:
+        return frozenset()
+    keys = {(n.key[0], n.key[1], n.key[3]) for n in nodes}
+    return frozenset.intersection(*(metrics.get(key, frozenset()) for key in keys))
 
 
 def _thread_shares(threads: np.ndarray, device: Device) -> tuple[Any, Any]:

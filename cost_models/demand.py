@@ -8,6 +8,7 @@ from functools import lru_cache
 from operator import attrgetter
 
 from cost_models.efficiency import kv_bytes_per_value
+from cost_models.engine_memory import stored_dtype
 from knowledge_base.registry import techniques
 from knowledge_base.types import Demand, Model, Plan, Step, Workload
 
@@ -31,17 +32,28 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
         linear_flop_per_token = 2 (linear_params - (params_total - params_active))
         attention_flop_per_token_pair = 4 attention_layers heads head_size      (scores and weighted sum)
 
+    A tied head is as large as the table it shares. An encoder's prompt tokens see each other both ways, twice the
+    pairs of causal attention, and no head is applied. Of an encoder-decoder, prompt tokens go through the encoder and
+    the keys and values of cross-attention, output tokens through the rest of the decoder; both leave their keys and
+    values in its cache. Matrices that came quantised keep their bytes, others have those of the type in which the
+    engine stores them.
+
     Activations live at once in prefill: gate, up and product of the feed-forward part and four hidden states
     (measured on Qwen2.5: the gap between memory and cache is close to three feed-forward widths).
     Left out: biases, norms and softmax arithmetic (below 1 %).
     """
-    size = DTYPE_BYTES.get(model.weight_dtype) or model.weight_bytes / model.params_total
-    head_params = model.vocab_size * model.hidden_size
-    linear_bytes, embedding_bytes = model.linear_params * size, model.embedding_params * size
+    dtype = model.weight_dtype if model.quantised_bytes else stored_dtype(engine, model.weight_dtype)
+    wider = DTYPE_BYTES.get(dtype, 1) / DTYPE_BYTES.get(model.weight_dtype, 1)
+    size = DTYPE_BYTES.get(dtype) or model.weight_bytes / model.params_total
+    head_params = model.embedding_params if model.tied_embeddings else model.vocab_size * model.hidden_size
+    linear_bytes = float(model.quantised_bytes or model.linear_params * size)
+    embedding_bytes = model.embedding_params * size
     head_stored = 0.0 if model.tied_embeddings else head_params * size
-    compute = model.weight_dtype if model.weight_dtype in ("float32", "bfloat16", "float16") else "bfloat16"
+    compute = dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16"
     idle_params = model.params_total - model.params_active
     activation_size = DTYPE_BYTES[compute]
+    head_read = 0 if model.kind == "encoder" else head_params
+    encoder_share = model.encoder_params / model.linear_params
     return Demand(
         model=model,
         workload=workload,
@@ -50,19 +62,28 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
         linear_bytes=linear_bytes,
         embedding_bytes=embedding_bytes,
         head_stored_bytes=head_stored,
-        head_read_bytes=head_params * size,
-        other_bytes=max(0.0, model.weight_bytes - linear_bytes - embedding_bytes - head_stored),
-        weight_format=model.weight_dtype,
+        head_read_bytes=head_read * size,
+        other_bytes=max(0.0, model.weight_bytes * wider - linear_bytes - embedding_bytes - head_stored),
+        weight_format=model.quantised_format or dtype,
         compute_dtype=compute,
         linear_flop_per_token=2.0 * (model.linear_params - idle_params),
-        head_flop_per_token=2.0 * head_params,
+        head_flop_per_token=2.0 * head_read,
         attention_flop_per_token_pair=4.0 * model.attention_layers * model.heads * model.head_size,
+        prompt_share=encoder_share or 1.0,
+        output_share=1 - encoder_share,
+        prompt_pairs_ratio=_prompt_pairs_ratio(model),
         kv_bytes_per_token=float(model.kv_values_per_token * (kv_bytes_per_value(engine) or activation_size)),
         activation_bytes_per_token=float((3 * model.ffn_size + 4 * model.hidden_size) * activation_size),
         layers=float(model.layers),
         kernels_per_step=float(KERNELS_PER_LAYER * model.layers + KERNELS_PER_STEP),
         batch=1,
     )
+
+
+def _prompt_pairs_ratio(model: Model) -> float:
+    if model.kind == "decoder":
+        return 1.0
+    return 2.0 * (model.encoder_layers / max(model.attention_layers, 1) if model.encoder_layers else 1.0)
 
 
 def apply_steps(demand: Demand, steps: Iterable[Step]) -> Demand:
@@ -92,20 +113,10 @@ def step_read_bytes(demand: Demand) -> float:
 
 # ---------------------------------------------------------------- thousands of plans
 
-_NOT_NUMBERS = {
-    "model",
-    "workload",
-    "engine",
-    "weight_format",
-    "compute_dtype",
-    "threads",
-    "compiled",
-    "losses",
-    "because",
-}
-NUMBERS = tuple(name for name in Demand.__dataclass_fields__ if name not in _NOT_NUMBERS)
+NUMBERS = tuple(name for name, field in Demand.__dataclass_fields__.items() if field.type in ("float", "int"))
 MODEL_NUMBERS = (
     "params_total", "params_active", "experts", "experts_active", "state_bytes", "vocab_size", "hidden_size",
+    "window_share",
 )  # fmt: skip
 _numbers = attrgetter(*NUMBERS, *(f"model.{name}" for name in MODEL_NUMBERS))
 

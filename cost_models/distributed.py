@@ -12,6 +12,7 @@ the groups that talk most share a machine. `setup.batch` is what one data rank t
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from dataclasses import dataclass, replace
 from cost_models.demand import DTYPE_BYTES
 from cost_models.training import (
     BASE_BITS,
+    UNTARGETED,
     TrainingCost,
     TrainingMemory,
     TrainingSetup,
+    TrainingTime,
     as_time,
     assemble,
     base_bytes,
@@ -34,6 +37,7 @@ from cost_models.training import (
     state_bytes,
     trained_params,
     training_time,
+    utilisation_prior,
 )
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Hardware, Model
@@ -198,28 +202,28 @@ def stages(model: Model, layout: Layout) -> dict[str, Model]:
     Heads, feed-forward width and vocabulary are split over tensor ranks; the first stage holds the embedding, the last
     the head and the loss. Layers that do not divide are rounded up.
     """
-    t, p = layout.tensor, layout.pipeline
-    layers = math.ceil(model.layers / p)
-    table = model.vocab_size * model.hidden_size // t
-    linear = model.linear_params * layers // (model.layers * t)
-    tables = 1 if model.tied_embeddings else 2
-    norms = (
-        (model.params_total - model.linear_params - tables * model.vocab_size * model.hidden_size)
-        * layers
-        // model.layers
-    )
-    part = replace(
-        model, layers=layers, attention_layers=layers, heads=model.heads // t, kv_heads=max(1, model.kv_heads // t),
-        ffn_size=model.ffn_size // t, linear_params=linear,
+    layers = math.ceil(model.layers / layout.pipeline)
+    if layout.pipeline == 1:
+        return {"only": stage(model, layers, first=True, last=True, tensor=layout.tensor)}
+    return {
+        "first": stage(model, layers, first=True, last=False, tensor=layout.tensor),
+        "last": stage(model, layers, first=False, last=True, tensor=layout.tensor),
+    }
+
+
+def stage(model: Model, layers: int, *, first: bool, last: bool, tensor: int = 1) -> Model:
+    """Return some layers of the model as a model of its own, split `tensor` ways."""
+    table, tables = model.vocab_size * model.hidden_size, 1 if model.tied_embeddings else 2
+    linear = model.linear_params * layers // (model.layers * tensor)
+    norms = max(0, model.params_total - model.linear_params - tables * table) * layers // model.layers
+    held = tables if first and last else 1 if first or last else 0
+    idle = (model.params_total - model.params_active) * layers // (model.layers * tensor)
+    total = linear + norms + held * (table // tensor)
+    return replace(
+        model, layers=layers, attention_layers=layers, heads=model.heads // tensor,
+        kv_heads=max(1, model.kv_heads // tensor), ffn_size=model.ffn_size // tensor, linear_params=linear,
+        params_total=total, params_active=total - idle, vocab_size=math.ceil(model.vocab_size / tensor) if last else 0,
     )  # fmt: skip
-
-    def holding(count: int, vocab: int) -> Model:
-        return replace(part, params_total=linear + max(0, norms) + count * table, vocab_size=vocab)
-
-    last = math.ceil(model.vocab_size / t)
-    if p == 1:
-        return {"only": holding(tables, last)}
-    return {"first": holding(1, 0), "last": holding(1, last)}
 
 
 def expert_share(model: Model, setup: TrainingSetup, part: str) -> float:
@@ -233,8 +237,10 @@ def expert_share(model: Model, setup: TrainingSetup, part: str) -> float:
         return params * bits / 8 / base_bytes(model, setup)
     if setup.whole:
         return params / model.params_total
-    adapted = replace(setup, targets=tuple(t for t in setup.targets if t in inside))
-    return 0.0 if setup.method == "prompt" else trained_params(model, adapted) / trained_params(model, setup)
+    targets = tuple(target for target in setup.targets if target in inside)
+    if setup.method in UNTARGETED or not targets:
+        return 0.0
+    return trained_params(model, replace(setup, targets=targets)) / trained_params(model, setup)
 
 
 def rank_memory(model: Model, setup: TrainingSetup, layout: Layout) -> TrainingMemory:
@@ -249,10 +255,10 @@ def rank_memory(model: Model, setup: TrainingSetup, layout: Layout) -> TrainingM
     """
     check_layout(model, setup, layout)
     found = {}
-    for stage, part in stages(model, layout).items():
-        in_flight = min(layout.pipeline, setup.gradient_accumulation) if stage == "first" else 1
+    for place, part in stages(model, layout).items():
+        in_flight = min(layout.pipeline, setup.gradient_accumulation) if place == "first" else 1
         for moment, sizes in moments(part, setup, in_flight=in_flight).items():
-            name = moment if layout.pipeline == 1 else f"{moment}, {stage} stage"
+            name = moment if layout.pipeline == 1 else f"{moment}, {place} stage"
             found[name] = _sharded(sizes, part, setup, layout)
     moment = highest(found)
     return assemble(found[moment], setup, moment)
@@ -371,7 +377,9 @@ def bubble_ratio(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def place_layers(layers: int, layer_s: Sequence[float], most_layers: Sequence[int]) -> tuple[int, ...]:
+def place_layers(
+    layers: int, layer_s: Sequence[float], most_layers: Sequence[int], other_s: Sequence[float] = ()
+) -> tuple[int, ...]:
     """Return how many equal layers each machine of a pipeline takes, so that the slowest stage is as quick as can be.
 
     Each layer in turn goes to the machine that would then be done soonest among those with room; for equal layers no
@@ -381,6 +389,7 @@ def place_layers(layers: int, layer_s: Sequence[float], most_layers: Sequence[in
         layers: to place.
         layer_s: seconds one layer takes on each machine.
         most_layers: that fit in each machine's memory.
+        other_s: seconds each machine takes besides its layers, as the last one does for the head; none if empty.
 
     Raises:
         BadInput: they do not all fit, or a machine has no speed.
@@ -399,10 +408,10 @@ def place_layers(layers: int, layer_s: Sequence[float], most_layers: Sequence[in
             f"{layers} layers do not fit: the machines hold {sum(most_layers)}",
             hint="add a machine, or compress the weights", where="most_layers",
         )  # fmt: skip
-    placed = [0] * len(layer_s)
+    placed, other = [0] * len(layer_s), other_s or [0.0] * len(layer_s)
     for _ in range(layers):
         free = [i for i, count in enumerate(placed) if count < most_layers[i]]
-        placed[min(free, key=lambda i: ((placed[i] + 1) * layer_s[i], i))] += 1
+        placed[min(free, key=lambda i: (other[i] + (placed[i] + 1) * layer_s[i], i))] += 1
     return tuple(placed)
 
 
@@ -417,6 +426,104 @@ def pipeline_s(stage_s: Sequence[float], micro_batches: int) -> float:
     return sum(stage_s) + (micro_batches - 1) * max(stage_s)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One machine's part of a pipeline of unequal machines. `time` is the whole run's, with the work of this machine."""
+
+    hardware: Hardware
+    layers: int
+    memory: TrainingMemory
+    time: TrainingTime
+    moved_bytes: float  # of weights and states in a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnequalPipeline:
+    """A run through unequal machines; machines too slow or too small to be given a layer are left out."""
+
+    stages: tuple[Stage, ...]
+    time: TrainingTime
+    traffic: Mapping[str, Traffic]
+
+
+def unequal_pipeline(
+    model: Model, setup: TrainingSetup, machines: Sequence[Hardware], link: Link, *, tokens: float
+) -> UnequalPipeline:
+    """Return the run through machines of one device each, in the order given, layers placed by speed and memory.
+
+        step = the slowest stage's micro-batches, the others' first one, sending on and back, the longest optimiser pass
+
+    Raises:
+        BadInput: the model does not fit.
+        EnvironmentProblem: a device lacks the rate of the weights' dtype.
+    """
+    check_model(model, setup)
+    micro = replace(setup, gradient_accumulation=1)
+    count, last = len(machines), len(machines) - 1
+    one = stage(model, 1, first=False, last=False)
+    head = replace(one, vocab_size=model.vocab_size)
+    layer_s = [_work_s(one, micro, machine) for machine in machines]
+    other_s = [0.0] * last + [_work_s(head, micro, machines[last]) - layer_s[last]]
+    room = [_most_layers(model, setup, machine, i, count) for i, machine in enumerate(machines)]
+    placed = place_layers(model.layers, layer_s, room, other_s)
+    if 0 in placed:
+        used = [machine for machine, layers in zip(machines, placed) if layers]
+        return unequal_pipeline(model, setup, used, link, tokens=tokens)
+    parts = [stage(model, n, first=i == 0, last=i == last) for i, n in enumerate(placed)]
+    alone = [training_time(part, micro, machine) for part, machine in zip(parts, machines)]
+    work = [time.step.mid - time.parts["optimiser"] for time in alone]
+    slowest = alone[work.index(max(work))]
+    hidden = setup.tokens * model.hidden_size * DTYPE_BYTES[setup.weight_dtype]
+    sent = send(hidden, link).times(setup.gradient_accumulation * min(2, last))
+    times = {name: s * setup.gradient_accumulation for name, s in slowest.parts.items()}
+    times["optimiser"] = max(time.parts["optimiser"] for time in alone)
+    times["bubbles"] = pipeline_s(work, setup.gradient_accumulation) - setup.gradient_accumulation * max(work)
+    times["pipeline"] = sent.s
+
+    def told(flop: float) -> TrainingTime:
+        return as_time(
+            times,
+            flop,
+            setup,
+            tokens=tokens,
+            why="a pipeline" if last else utilisation_prior(setup, machines[0].device),
+        )
+
+    stages = [
+        Stage(
+            hardware=machine, layers=layers,
+            memory=stage_memory(part, setup, in_flight=min(count - i, setup.gradient_accumulation)),
+            time=told(time.flop * setup.gradient_accumulation), moved_bytes=moved_bytes(part, setup, Layout()),
+        )
+        for i, (machine, layers, part, time) in enumerate(zip(machines, placed, parts, alone))
+    ]  # fmt: skip
+    total_flop = sum(time.flop for time in alone) * setup.gradient_accumulation
+    return UnequalPipeline(stages=tuple(stages), time=told(total_flop), traffic={"pipeline": sent} if last else {})
+
+
+def stage_memory(part: Model, setup: TrainingSetup, *, in_flight: int) -> TrainingMemory:
+    """Return the memory of one stage, which holds the activations of `in_flight` micro-batches."""
+    found = moments(part, setup, in_flight=in_flight)
+    moment = highest(found)
+    return assemble(found[moment], setup, moment)
+
+
+def _work_s(part: Model, setup: TrainingSetup, machine: Hardware) -> float:
+    time = training_time(part, setup, machine)
+    return time.step.mid - time.parts["optimiser"]
+
+
+def _most_layers(model: Model, setup: TrainingSetup, machine: Hardware, place: int, machines: int) -> int:
+    """Return how many layers fit; memory rises with them."""
+    in_flight = min(machines - place, setup.gradient_accumulation)
+
+    def needs(layers: int) -> float:
+        part = stage(model, layers, first=place == 0, last=place == machines - 1)
+        return stage_memory(part, setup, in_flight=in_flight).total.mid
+
+    return bisect.bisect_right(range(1, model.layers + 1), float(machine.device.memory_bytes), key=needs)
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -425,29 +532,58 @@ def distributed_cost(
 ) -> DistributedCost:
     """Return memory, time, energy, carbon and money of a run over `layout.ranks` machines of one device like `hardware`.
 
-        step = one device's work / (tensor x pipeline x sequence), bubbles, and traffic: half of the data traffic hides
-        behind the backward pass, the rest of it and all other kinds wait
-
     Raises:
         BadInput: the layout cannot be run.
         EnvironmentProblem: the device lacks a rate, or anything to model its power from.
     """
     memory, traffic = rank_memory(model, setup, layout), step_traffic(model, setup, layout, cluster)
+    time = distributed_time(model, setup, hardware, layout, traffic, tokens=tokens)
+    cost = bill(
+        memory,
+        time,
+        setup,
+        hardware,
+        moved_bytes=moved_bytes(model, setup, layout),
+        tokens=tokens,
+        machines=layout.ranks,
+    )
+    return DistributedCost(cost=cost, traffic=traffic, ranks=layout.ranks)
+
+
+def distributed_time(
+    model: Model, setup: TrainingSetup, hardware: Hardware, layout: Layout, traffic: Mapping[str, Traffic], *,
+    tokens: float,
+) -> TrainingTime:  # fmt: skip
+    """Return a step's time on every rank, whose traffic is `step_traffic`.
+
+        step = one device's work / (tensor x pipeline x sequence), bubbles, and traffic: half of the data traffic hides
+        behind the backward pass, the rest of it and all other kinds wait
+
+    Raises:
+        BadInput: the formulas do not hold for this model.
+        EnvironmentProblem: the device lacks the rate of the weights' dtype.
+    """
     alone = training_time(model, setup, hardware)
     ways = layout.tensor * layout.pipeline * layout.sequence
-    states = layout.tensor * layout.pipeline * (layout.replicas if layout.zero_stage else 1)
     shares = {
-        "compute": ways,
-        "unpacking": layout.tensor * layout.pipeline,
-        "launches": layout.pipeline,
-        "optimiser": states,
-    }
+        "compute": ways, "recomputation": ways, "unpacking": layout.tensor * layout.pipeline, "launches": layout.pipeline,
+        "optimiser": _splits(layout),
+    }  # fmt: skip
     parts = {name: s / shares[name] for name, s in alone.parts.items()}
     idle = bubble_ratio(layout.pipeline, setup.gradient_accumulation)
-    parts["bubbles"] = (parts["compute"] + parts["unpacking"] + parts["launches"]) * idle / (1 - idle)
+    parts["bubbles"] = sum(parts[name] for name in parts if name != "optimiser") * idle / (1 - idle)
     parts |= {name: t.s * (1 - HIDDEN_RATIO if name == "data" else 1) for name, t in traffic.items()}
-    why = f"{layout.ranks} ranks; {HIDDEN_RATIO:.0%} of data traffic taken as hidden"
-    time = as_time(parts, alone.flop / ways, setup, tokens=tokens, why=why, replicas=layout.data)
-    moved = (base_bytes(model, setup) * 3 * setup.gradient_accumulation + 2 * state_bytes(model, setup)) / states
-    cost = bill(memory, time, setup, hardware, moved_bytes=moved, tokens=tokens, machines=layout.ranks)
-    return DistributedCost(cost=cost, traffic=traffic, ranks=layout.ranks)
+    why = utilisation_prior(setup, hardware.device)
+    if layout.ranks > 1:
+        why = f"{why}; {layout.ranks} ranks; {HIDDEN_RATIO:.0%} of data traffic taken as hidden"
+    return as_time(parts, alone.flop / ways, setup, tokens=tokens, why=why, replicas=layout.data)
+
+
+def moved_bytes(model: Model, setup: TrainingSetup, layout: Layout) -> float:
+    """Return the bytes of weights and states a rank reads and writes in a step."""
+    weights = base_bytes(model, setup) * 3 * setup.gradient_accumulation
+    return (weights + 2 * state_bytes(model, setup)) / _splits(layout)
+
+
+def _splits(layout: Layout) -> int:
+    return layout.tensor * layout.pipeline * (layout.replicas if layout.zero_stage else 1)

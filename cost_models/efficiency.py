@@ -3,6 +3,9 @@
 The most telling row wins: one for the engine beats any other, then one for the format, then one for the kind of
 device, then one for compiled or not. Rows with `*` hold for all that have none of their own, so a new engine works
 at once, with wide intervals. Calibration corrects them from measurements.
+
+Rows for `cpu` are shares of measured bandwidths and rates; those for `published`, a feature of processors whose
+figures were only worked out from data sheets, are shares of these.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from knowledge_base.errors import EnvironmentProblem
-from knowledge_base.field.overlay import table
+from knowledge_base.field.overlay import folders, table
 from knowledge_base.types import Device
 
+PUBLISHED = "published"
 BEST_SHARE = 0.95  # of a published bandwidth or rate that a falling share may come to
 
 
@@ -68,8 +73,8 @@ def read_rows(name: str) -> tuple[dict[str, str], ...]:
     return table(name)
 
 
-def _best(rows: tuple[dict[str, str], ...], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    # `wanted`: for each column the acceptable cells, best first; earlier columns weigh more.
+def best_row(rows: tuple[dict[str, str], ...], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the most telling row; `wanted`: for each column the acceptable cells, best first, earlier columns weigh more."""
     found = [
         (tuple(cells.index(row[column]) for column, cells in wanted.items()), row)
         for row in rows
@@ -78,16 +83,23 @@ def _best(rows: tuple[dict[str, str], ...], wanted: Mapping[str, tuple[str, ...]
     return min(found, key=lambda item: item[0])[1]
 
 
-@lru_cache(maxsize=512)
 def efficiency(engine: str, weight_format: str, compiled: bool, kind: str, features: frozenset[str]) -> Efficiency:
     """Return the prior shares of peak."""
+    return _efficiency(folders(), engine, weight_format, compiled, kind, features)
+
+
+@lru_cache(maxsize=512)
+def _efficiency(
+    laid: tuple[Path, ...], engine: str, weight_format: str, compiled: bool, kind: str, features: frozenset[str]
+) -> Efficiency:
+    # `laid`: the folders of a person's own rows, which the answer depends on.
     wanted = {
         "engine": (engine, "*"),
         "weight_format": (weight_format, "*"),
         "device": (*sorted(features), kind, "*"),
         "compiled": ("1" if compiled else "0", ""),
     }
-    row = _best(read_rows("efficiencies.csv"), wanted)
+    row = best_row(read_rows("efficiencies.csv"), wanted)
     return Efficiency(
         rate_dtype=row["rate_dtype"] or None,
         read_ratio=float(row["read_ratio"]),
@@ -99,10 +111,16 @@ def efficiency(engine: str, weight_format: str, compiled: bool, kind: str, featu
     )
 
 
-@lru_cache(maxsize=64)
 def overhead(engine: str, kind: str, features: frozenset[str]) -> Overhead:
     """Return the prior costs of an engine on a kind of device."""
-    row = _best(read_rows("engine_overheads.csv"), {"engine": (engine, "*"), "device": (*sorted(features), kind, "*")})
+    return _overhead(folders(), engine, kind, features)
+
+
+@lru_cache(maxsize=64)
+def _overhead(laid: tuple[Path, ...], engine: str, kind: str, features: frozenset[str]) -> Overhead:
+    row = best_row(
+        read_rows("engine_overheads.csv"), {"engine": (engine, "*"), "device": (*sorted(features), kind, "*")}
+    )
     return Overhead(
         kernel_s=float(row["kernel_s"]),
         step_s=float(row["step_s"]),

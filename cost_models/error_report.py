@@ -15,7 +15,8 @@ def error_report(pairs: Iterable[tuple[Estimate, Measurement]]) -> dict[str, dic
 
     `n` pairs; `median_abs_ratio` and `worst_abs_ratio` of |predicted / measured - 1| (for quality loss, of the
     difference of perplexity ratios); `coverage`: share of measured values inside the predicted interval (0.8 is
-    promised); `rank_correlation`: Spearman's, absent below 3 pairs or when one side does not vary.
+    promised); `rank_correlation`: Spearman's, absent below 3 pairs or when one side does not vary. Nothing measured, as
+    of an answer that came in one piece, is nothing to compare with.
     """
     columns: dict[str, list[tuple[float, float, float, float]]] = {}
     for estimate, measurement in pairs:
@@ -23,14 +24,14 @@ def error_report(pairs: Iterable[tuple[Estimate, Measurement]]) -> dict[str, dic
             continue
         for name, value in estimate.values.items():
             figure = measurement.figures.get(name)
-            if figure is not None and figure.source == "measured":
+            if figure is not None and figure.source == "measured" and figure.value + _shift(name) > 0:
                 columns.setdefault(name, []).append((value.mid, value.low, value.high, figure.value))
     return {name: _row(name, np.array(columns[name])) for name in METRICS if name in columns}
 
 
 def _row(name: str, table: np.ndarray) -> dict[str, float]:
     mid, low, high, measured = table.T
-    shift = 1.0 if name == "quality_loss_ratio" else 0.0
+    shift = _shift(name)
     errors = np.abs((mid + shift) / (measured + shift) - 1)
     slack = 1e-9 * np.abs(measured)
     row: dict[str, float] = {
@@ -42,6 +43,10 @@ def _row(name: str, table: np.ndarray) -> dict[str, float]:
     if len(table) >= 3 and np.ptp(mid) > 0 and np.ptp(measured) > 0:
         row["rank_correlation"] = spearman(mid, measured)
     return row
+
+
+def _shift(name: str) -> float:
+    return 1.0 if name == "quality_loss_ratio" else 0.0
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

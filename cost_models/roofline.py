@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cost_models import offloading
+from cost_models.engine_memory import beside_bytes, copies_bytes
+
 if TYPE_CHECKING:
     from cost_models.case import Case
 
@@ -46,6 +49,30 @@ def causal_pairs(tokens: Any, window: Any) -> Any:
     return near * (near + 1) / 2 + (tokens - near) * near
 
 
+def near_tokens(case: Case, tokens: Any) -> Any:
+    """Return how many of some tokens are seen and kept, in the mean over layers: no more than the window where it is.
+
+    >>> from types import SimpleNamespace as S
+    >>> half = S(model=S(window=1024.0, window_share=0.5))
+    >>> float(near_tokens(half, 512)), float(near_tokens(half, 3072))
+    (512.0, 2048.0)
+    """
+    share = case.model.window_share
+    return (1 - share) * tokens + share * np.minimum(tokens, case.model.window)
+
+
+def prompt_pairs(case: Case) -> Any:
+    """Return the (query, key) pairs of one prompt, in the mean over layers: those with a window and those without."""
+    tokens, kept, share = case.workload.prompt_tokens, case.reused_tokens, case.model.window_share
+    whole, near = (causal_pairs(tokens, w) - causal_pairs(kept, w) for w in (np.inf, case.model.window))
+    return case.demand.prompt_pairs_ratio * ((1 - share) * whole + share * near)
+
+
+def new_tokens(case: Case) -> Any:
+    """Return the tokens of one prompt that must be computed: those whose keys and values no earlier request left, (plans,)."""
+    return np.maximum(case.workload.prompt_tokens - case.reused_tokens, 1.0)
+
+
 def matrices_s(read_bytes: Any, flop: Any, case: Case) -> Any:
     """Return seconds for matrix products: the slower of reading the weights once and doing the arithmetic."""
     return np.maximum(read_bytes / case.rates.weights_bytes_per_s, flop / case.rates.flop_per_s)
@@ -58,34 +85,34 @@ def prefill_parts(case: Case) -> Parts:
     applied to the last position of each sequence. Left out: sampling, tokenising, queueing.
     """
     demand, rates = case.demand, case.rates
-    prompt = case.workload.prompt_tokens
+    prompt = new_tokens(case)
     tokens = demand.batch * prompt
     chunks = np.ceil(tokens / np.minimum(rates.prefill_chunk_tokens, tokens))
-    read = demand.linear_bytes * expert_share_read(case, tokens / chunks) * chunks
+    read = demand.linear_bytes * demand.prompt_share * expert_share_read(case, tokens / chunks) * chunks
     device = {
-        "weights": matrices_s(read, demand.linear_flop_per_token * tokens, case),
+        "weights": matrices_s(read, demand.linear_flop_per_token * demand.prompt_share * tokens, case),
         "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * demand.batch, case),
-        "attention": demand.batch
-        * causal_pairs(prompt, case.model.window)
-        * demand.attention_flop_per_token_pair
-        / rates.flop_per_s
+        "attention": demand.batch * prompt_pairs(case) * demand.attention_flop_per_token_pair / rates.flop_per_s
         + demand.batch * prompt * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
     }
-    return _with_host(device, chunks * demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+    passed = _with_host(device, chunks * demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+    return passed | offloading.waiting(case, sum(passed.values()), passes=chunks)
 
 
 def decode_parts(case: Case) -> Parts:
     """Return the parts of the seconds of one decode step at the request's mean context.
 
     Weights are read once for the batch, the cache once for each sequence. A step of speculation computes
-    `verified_tokens_per_step` positions for `tokens_per_step` kept ones.
+    `verified_tokens_per_step` positions for `tokens_per_step` kept ones, and before it guesses them.
     """
     demand, rates = case.demand, case.rates
     positions = demand.batch * demand.verified_tokens_per_step
     context = mean_context(case)
     device = {
         "weights": matrices_s(
-            demand.linear_bytes * expert_share_read(case, positions), demand.linear_flop_per_token * positions, case
+            demand.linear_bytes * demand.output_share * expert_share_read(case, positions),
+            demand.linear_flop_per_token * demand.output_share * positions,
+            case,
         ),
         "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * positions, case),
         "KV cache": np.maximum(
@@ -93,13 +120,16 @@ def decode_parts(case: Case) -> Parts:
             positions * context * demand.attention_flop_per_token_pair / rates.flop_per_s,
         ),
         "recurrent state": 2 * demand.batch * case.model.state_bytes / rates.bytes_per_s,
+        "drafts": matrices_s(demand.draft_bytes_per_step, demand.draft_flop_per_step, case),
     }
-    return _with_host(device, demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+    kernels = demand.kernels_per_step + demand.draft_kernels_per_step
+    step = _with_host(device, kernels * rates.kernel_s + rates.step_s, rates)
+    return step | offloading.waiting(case, sum(step.values()))
 
 
 def mean_context(case: Case) -> Any:
-    """Return the tokens a query sees halfway through the output, no more than the sliding window."""
-    return np.minimum(case.workload.prompt_tokens + case.workload.output_tokens / 2, case.model.window)
+    """Return the tokens a query sees halfway through the output, in the mean over layers with a window and without."""
+    return near_tokens(case, case.workload.prompt_tokens + case.workload.output_tokens / 2)
 
 
 def _with_host(device: Parts, host_s: Any, rates: Any) -> Parts:
@@ -111,20 +141,26 @@ def _with_host(device: Parts, host_s: Any, rates: Any) -> Parts:
 def request_work(case: Case) -> tuple[Any, Any]:
     """Return (bytes read, flop) of one batch of requests from first to last token: what activity costs energy."""
     demand = case.demand
-    prompt = case.workload.prompt_tokens
+    prompt = new_tokens(case)
     steps = (case.workload.output_tokens - 1) / demand.tokens_per_step
     positions = demand.batch * demand.verified_tokens_per_step
     context = mean_context(case)
-    read = demand.linear_bytes * expert_share_read(case, demand.batch * prompt) + demand.head_read_bytes
+    read = demand.linear_bytes * demand.prompt_share * expert_share_read(case, demand.batch * prompt)
+    read = read + demand.head_read_bytes
     read = read + steps * (
-        demand.linear_bytes * expert_share_read(case, positions)
+        demand.linear_bytes * demand.output_share * expert_share_read(case, positions)
         + demand.head_read_bytes
         + demand.batch * context * demand.kv_bytes_per_token
+        + demand.draft_bytes_per_step
     )
-    flop = demand.batch * prompt * demand.linear_flop_per_token + demand.batch * demand.head_flop_per_token
-    flop = flop + demand.batch * causal_pairs(prompt, case.model.window) * demand.attention_flop_per_token_pair
+    flop = demand.batch * prompt * demand.linear_flop_per_token * demand.prompt_share
+    flop = flop + demand.batch * demand.head_flop_per_token
+    flop = flop + demand.batch * prompt_pairs(case) * demand.attention_flop_per_token_pair
+    flop = flop + steps * demand.draft_flop_per_step
     flop = flop + steps * positions * (
-        demand.linear_flop_per_token + demand.head_flop_per_token + context * demand.attention_flop_per_token_pair
+        demand.linear_flop_per_token * demand.output_share
+        + demand.head_flop_per_token
+        + context * demand.attention_flop_per_token_pair
     )
     return read, flop
 
@@ -132,17 +168,23 @@ def request_work(case: Case) -> tuple[Any, Any]:
 def memory_parts(case: Case) -> Parts:
     """Return the parts of the highest memory of the serving process, in bytes.
 
-    Activations are those of one prefill chunk of every sequence, plus the logits of the last positions in float32.
+    Activations are those of one prefill chunk of every sequence, logits those of the last positions in float32. What the
+    runtime and its allocator hold was measured together: `engine`.
     """
     demand, rates = case.demand, case.rates
     prompt_tokens = demand.batch * case.workload.prompt_tokens
     live = np.minimum(prompt_tokens, rates.prefill_chunk_tokens)
-    return {
-        "weights": weights_bytes(case),
+    parts = {
+        "weights": weights_bytes(case) + beside_bytes(case) - offloading.saved_bytes(case),
+        "kernels' copies of weights": copies_bytes(case),
         "KV cache": cache_bytes(case),
-        "activations": live * demand.activation_bytes_per_token + 4.0 * demand.batch * case.model.vocab_size,
+        "activations": live * demand.activation_bytes_per_token,
+        "logits": 4.0 * demand.batch * case.model.vocab_size,
         "engine": rates.runtime_bytes,
     }
+    if not case.decodes:  # states come out, no tokens
+        del parts["KV cache"], parts["logits"]
+    return parts
 
 
 def weights_bytes(case: Case) -> Any:
@@ -153,7 +195,7 @@ def weights_bytes(case: Case) -> Any:
 
 def cache_bytes(case: Case) -> Any:
     """Return the bytes of cache and recurrent state of the batch at full prompt and output length."""
-    kept = np.minimum(case.workload.prompt_tokens + case.workload.output_tokens, case.model.window)
+    kept = near_tokens(case, case.workload.prompt_tokens + case.workload.output_tokens)
     return case.demand.batch * (kept * case.demand.kv_bytes_per_token + case.model.state_bytes)
 
 

@@ -8,7 +8,8 @@ measured gets the pooled law `*`, with a wider interval. Times are in seconds, m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.efficiency import rate, read_rows
-from knowledge_base.types import Demand, Hardware
+from knowledge_base.types import Demand, Device, Hardware
 
 Parts = dict[str, Any]
 Law = Mapping[str, Any]  # name of a coefficient -> float or (deployments,) array
@@ -26,10 +27,15 @@ POOLED = "*"  # the family of all families
 # What is assumed of each coefficient before anything is measured, and the standard deviation of its logarithm.
 COEFFICIENTS = {
     "read": (0.7, 0.4),  # share of the memory bandwidth when reading weights, at 1 TB/s
-    "read_falls": (0.15, 0.5),  # that share ~ bandwidth^-read_falls: fast memory is harder to fill
-    "cache": (0.6, 0.6),  # share of the bandwidth when reading the KV cache
+    "read_falls": (0.15, 0.15),  # that share ~ bandwidth^-read_falls; of one card a family tells nothing of it
+    "unpack": (2.0, 0.7),  # vector operations for each weight read: a device weak in them cannot use its bandwidth
+    "cache": (0.6, 0.6),  # share of the bandwidth when reading the KV cache, falling likewise
     "compute": (0.6, 0.4),  # share of the arithmetic rate while decoding a batch
     "prefill": (0.55, 0.4),  # share of the arithmetic rate while reading prompts
+    "attention": (
+        1.0,
+        0.3,
+    ),  # share of that when scoring tokens against each other: not all kernels keep scores on chip
     "layer_s": (3e-5, 0.8),  # starting the kernels of one layer
     "step_s": (1e-3, 1.0),  # host work of one step: scheduling, sampling
     "sequence_s": (5e-6, 1.0),  # host work of one step for each running request
@@ -44,12 +50,20 @@ COEFFICIENTS = {
     "power_read": (0.3, 0.6),  # ... and more in proportion to the share of its bandwidth in use
     "power_compute": (0.45, 0.6),  # ... and of its arithmetic
     "activation": (1.0, 0.4),  # live activations of a prompt, over three feed-forward widths and four hidden states
+    "chunk_tokens": (1e6, 0.01),  # of prompts are read at once: all, where the engine does not cut them
+    "logits": (0.3, 1.0),  # share of the tokens read at once whose logits are held, in float32
     "runtime_bytes": (4e8, 0.8),  # what the engine holds on each device beside the model
     "filled": (0.9, 0.05),  # share of a device's memory that serving fills with weights and cache
 }
 IDLE_SHARE = 0.12  # of the power cap, where a device's idle power is not known; 70 to 140 W on cards of 700 to 1000 W
 NO_LINK_BYTES_PER_S = 1.6e10  # half of a PCIe 4.0 x16 slot, where a card has no link of its own
 RESERVED_BYTES = 2e9  # of each device, for activations and graphs
+# NVIDIA's generations as compute capabilities. Volta, Turing and GA100 have as many lanes for integers as for floats;
+# the published float32 rate of later ones counts lanes that do either. Before Volta there are no matrix units, and
+# engines neither tune their kernels for such cards nor start them as graphs.
+_INTEGERS_BESIDE = frozenset({"sm_70", "sm_72", "sm_75", "sm_80"})
+_NO_MATRIX_UNITS = frozenset({"sm_50", "sm_52", "sm_53", "sm_60", "sm_61", "sm_62"})
+_KIND_OF = {"rocm": "AMD", "metal": "Apple", "xpu": "Intel"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +96,8 @@ class Deployments:
     flop_per_s: Any  # of one device, at the precision the engine computes in
     link_bytes_per_s: Any
     power_w: Any  # cap of one device
+    vocab_size: Any = 0.0
+    vector_flop_per_s: Any = np.inf  # of one device, outside its matrix units
 
     @property
     def context_tokens(self) -> Any:
@@ -106,20 +122,50 @@ def deployment(demand: Demand, hardware: Hardware, *, devices: int = 1, clients:
     sparse = model.experts > model.experts_active
     idle = (model.params_total - model.params_active) / (1 - model.experts_active / model.experts) if sparse else 0.0
     experts, size = min(idle, demand.linear_params), demand.linear_bytes / demand.linear_params
-    windowed = model.sliding_window_tokens is not None
+    windowed = model.window_share if model.sliding_window_tokens else 0.0
     return Deployments(
         dense_bytes=(demand.linear_params - experts) * size + demand.head_read_bytes, expert_bytes=experts * size,
         stored_bytes=demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes,
         dense_params=demand.linear_params - experts + demand.head_flop_per_token / 2, expert_params=experts,
         experts=model.experts, experts_active=model.experts_active, layers=demand.layers, hidden_size=model.hidden_size,
-        ffn_size=model.ffn_size, cache_bytes_per_token=0.0 if windowed else demand.kv_bytes_per_token,
-        window_bytes_per_token=demand.kv_bytes_per_token if windowed else 0.0,
+        ffn_size=model.ffn_size, cache_bytes_per_token=(1 - windowed) * demand.kv_bytes_per_token,
+        window_bytes_per_token=windowed * demand.kv_bytes_per_token,
         window_tokens=float(model.sliding_window_tokens or np.inf), state_bytes=float(model.state_bytes),
         attention_flop_per_pair=demand.attention_flop_per_token_pair, batch=float(demand.batch),
         prompt_tokens=float(workload.prompt_tokens), output_tokens=float(workload.output_tokens), clients=float(clients),
         median_step=0.0, devices=float(devices), memory_bytes=float(device.memory_bytes), bytes_per_s=device.memory_bytes_per_s,
-        flop_per_s=rate(device, demand.compute_dtype), link_bytes_per_s=NO_LINK_BYTES_PER_S, power_w=device.busy_w or np.nan,
+        flop_per_s=_rate(device, demand.compute_dtype), link_bytes_per_s=NO_LINK_BYTES_PER_S, power_w=device.busy_w or np.nan,
+        vocab_size=float(model.vocab_size), vector_flop_per_s=vector_rate(device.flop_per_s.get("float32", np.inf), device.features),
     )  # fmt: skip
+
+
+def _rate(device: Device, dtype: str) -> float:
+    """Return the arithmetic rate the laws are of: half the int8 rate where that is more, as on GeForce cards.
+
+    These halve wide sums, which kernels for reading prompts avoid.
+    """
+    wide = rate(device, dtype)
+    return max(wide, device.flop_per_s.get("int8", 0.0) / 2) if dtype in ("float16", "bfloat16") else wide
+
+
+def vector_rate(float32_flop_per_s: float, features: Iterable[str]) -> float:
+    """Return the rate at which a device unpacks weights: some compute integers beside floats, so with twice the lanes."""
+    return float32_flop_per_s * (2.0 if _INTEGERS_BESIDE.intersection(features) else 1.0)
+
+
+def hardware_kind(name: str, features: Iterable[str]) -> str:
+    """Return the class of hardware a device belongs to, as the laws tell them apart: from its name and features.
+
+    Workstation cards are the chips of data centres: GeForce alone halves wide sums, which is what "consumer" tells.
+    """
+    name, features = re.sub("[ _]", "-", name.lower()), frozenset(features)
+    if re.search("jetson|gb10|radeon-8060s", name):
+        return "shared memory"
+    if features & {"cuda", "nvidia"}:
+        if _NO_MATRIX_UNITS.intersection(features):
+            return "no matrix units"
+        return "consumer" if re.search(r"rtx-\d{4}(?!-ada)|gtx-|geforce", name) else "data centre"
+    return next((kind for feature, kind in _KIND_OF.items() if feature in features), "cpu")
 
 
 @lru_cache(maxsize=1)
@@ -151,6 +197,14 @@ def experts_read(d: Deployments, tokens: Any) -> Any:
     return 1 - idle**tokens
 
 
+def weights_s(d: Deployments, law: Law, tokens: Any) -> Any:
+    """Return seconds to read the weights that some tokens wake, and to unpack them: the slower, where both keep up."""
+    experts = experts_read(d, tokens)
+    read = (d.dense_bytes + d.expert_bytes * experts) / (d.devices * d.bytes_per_s * read_share(d, law))
+    unpack = law["unpack"] * (d.dense_params + d.expert_params * experts) / (d.devices * d.vector_flop_per_s)
+    return _both(read, unpack)
+
+
 def _both(read_s: Any, compute_s: Any) -> Any:
     # Reading and computing overlap, but not fully where they take as long as each other.
     return (read_s**3 + compute_s**3) ** (1 / 3)
@@ -158,7 +212,11 @@ def _both(read_s: Any, compute_s: Any) -> Any:
 
 def read_share(d: Deployments, law: Law) -> Any:
     """Return the share of the memory bandwidth reached when reading weights."""
-    return np.minimum(law["read"] * (d.bytes_per_s / 1e12) ** -law["read_falls"], 1.0)
+    return np.minimum(law["read"] * _fall(d, law), 1.0)
+
+
+def _fall(d: Deployments, law: Law) -> Any:
+    return (d.bytes_per_s / 1e12) ** -law["read_falls"]
 
 
 def running(d: Deployments, law: Law) -> Any:
@@ -185,31 +243,37 @@ def step_parts(d: Deployments, law: Law) -> Parts:
     """Return the parts of one decode step of the running requests."""
     batch = running(d, law)
     bandwidth = d.devices * d.bytes_per_s
-    read = (d.dense_bytes + d.expert_bytes * experts_read(d, batch)) / (bandwidth * read_share(d, law))
     flop = 2 * d.active_params * batch / (d.devices * d.flop_per_s * law["compute"])
     kept = cache_bytes(d, d.context_tokens) + d.state_bytes
     return {
-        "weights": _both(read, flop),
-        "KV cache": batch * kept / (bandwidth * law["cache"]),
+        "weights": _both(weights_s(d, law, batch), flop),
+        "KV cache": batch * kept / (bandwidth * law["cache"] * _fall(d, law)),
         "exchange": exchange_s(d, law, batch),
         "layers": d.layers * law["layer_s"],
         "host": law["step_s"] + batch * law["sequence_s"],
     }
 
 
-def prompt_flop(d: Deployments) -> Any:
-    """Return the arithmetic of reading one prompt."""
+def attention_flop(d: Deployments) -> Any:
+    """Return the arithmetic of scoring the tokens of one prompt against each other."""
     tokens, near = d.prompt_tokens, np.minimum(d.prompt_tokens, d.window_tokens)
     windowed = d.window_bytes_per_token / np.maximum(d.window_bytes_per_token + d.cache_bytes_per_token, 1e-9)
     pairs = (1 - windowed) * tokens**2 / 2 + windowed * (tokens - near / 2) * near
-    return 2 * d.active_params * tokens + pairs * d.attention_flop_per_pair
+    return pairs * d.attention_flop_per_pair
+
+
+def prompt_flop(d: Deployments) -> Any:
+    """Return the arithmetic of reading one prompt."""
+    return 2 * d.active_params * d.prompt_tokens + attention_flop(d)
 
 
 def prompts_s(d: Deployments, law: Law, prompts: Any) -> Any:
-    """Return seconds that reading some prompts together takes on an idle server."""
+    """Return seconds that reading some prompts together takes on an idle server: weights are read for each chunk."""
     tokens = d.prompt_tokens * prompts
-    read = (d.dense_bytes + d.expert_bytes * experts_read(d, tokens)) / (d.devices * d.bytes_per_s * read_share(d, law))
-    compute = prompts * prompt_flop(d) / (d.devices * d.flop_per_s * law["prefill"])
+    chunks = np.maximum(tokens / law["chunk_tokens"], 1.0)
+    read = chunks * weights_s(d, law, tokens)
+    flop = 2 * d.active_params * d.prompt_tokens + attention_flop(d) / law["attention"]
+    compute = prompts * flop / (d.devices * d.flop_per_s * law["prefill"])
     return _both(compute, read) + exchange_s(d, law, tokens)
 
 
@@ -279,13 +343,14 @@ def energy_parts(d: Deployments, law: Law) -> Parts:
 def memory_parts(d: Deployments, law: Law) -> Parts:
     """Return the parts of the highest memory of all devices while `batch` requests are served at full length.
 
-    Activations are those of all prompts at once: engines that cut prompts into chunks hold less.
+    Activations and logits are those of all prompts at once, or of one chunk where the engine cuts them.
     """
-    live = d.batch * d.prompt_tokens * (3 * d.ffn_size + 4 * d.hidden_size) * 2
+    live = np.minimum(d.batch * d.prompt_tokens, law["chunk_tokens"])
     return {
         "weights": d.stored_bytes,
         "KV cache": d.batch * cache_bytes(d, d.prompt_tokens + d.output_tokens),
-        "activations": law["activation"] * live,
+        "activations": law["activation"] * live * (3 * d.ffn_size + 4 * d.hidden_size) * 2,
+        "logits": law["logits"] * live * d.vocab_size * 4,
         "engine": d.devices * law["runtime_bytes"],
     }
 
@@ -299,6 +364,17 @@ QUANTITIES = {
 def spread(laws: Laws, quantity: str, family: str) -> float:
     """Return the factor that 90 % of a family's errors on unseen devices stayed within; the pooled one if unknown."""
     return laws.get((family, f"spread {quantity}", "")) or laws[POOLED, f"spread {quantity}", ""]
+
+
+def guarded_memory(laws: Laws, family: str, memory_bytes: Any, devices: Any) -> Any:
+    """Return the bytes below which 98 % of a family's deployments on unseen devices stayed: what decides whether one fits."""
+    times = laws.get((family, "guard memory", "")) or laws[POOLED, "guard memory", ""]
+    return memory_bytes + times * memory_slack(memory_bytes, devices)
+
+
+def memory_slack(memory_bytes: Any, devices: Any) -> Any:
+    """Return the bytes that predictions of memory are wrong by: some in proportion, some on each device."""
+    return 0.1 * memory_bytes + 1e9 * devices
 
 
 def predict(quantity: str, d: Deployments, law: Law) -> Any:

@@ -17,7 +17,9 @@ class Metric:
 
     name: str  # with its unit: "ttft_s"
     label: str  # without: "ttft"
-    dimension: str  # "time" | "bytes" | "rate" | "energy" | "money" | "carbon" | "ratio" | "number" | "network"
+    dimension: (
+        str  # "time" | "bytes" | "rate" | "requests" | "energy" | "money" | "carbon" | "ratio" | "number" | "network"
+    )
     better: str  # "lower" | "higher"
     resource: str  # "computation" | "memory" | "energy" | "money" | "network" | "quality"
     summary: str
@@ -33,8 +35,15 @@ METRICS: dict[str, Metric] = {
                summary="time per output token after the first: (end - first token) / (output tokens - 1)"),
         Metric(name="latency_s", label="latency", dimension="time", better="lower", resource="computation", sampled=True,
                summary="end-to-end time of one request: ttft + tpot x (output tokens - 1)"),
+        Metric(name="itl_s", label="itl", dimension="time", better="lower", resource="computation", sampled=True,
+               summary="time between two output tokens that follow each other in one answer; only under a load"),
         Metric(name="throughput_tokens_per_s", label="throughput", dimension="rate", better="higher", resource="computation",
                sampled=True, summary="output tokens for each second, over all concurrent requests"),
+        Metric(name="requests_per_s", label="requests", dimension="requests", better="higher", resource="computation",
+               summary="requests answered each second: throughput / output tokens"),
+        Metric(name="goodput_requests_per_s", label="goodput", dimension="requests", better="higher",
+               resource="computation",
+               summary="requests answered within every latency limit, each second; only under a load"),
         Metric(name="peak_memory_bytes", label="peak_memory", dimension="bytes", better="lower", resource="memory",
                summary="highest resident memory of the serving process: framework + weights + KV cache + activations"),
         Metric(name="weights_bytes", label="weights_memory", dimension="bytes", better="lower", resource="memory",
@@ -59,13 +68,16 @@ METRICS: dict[str, Metric] = {
                summary="share of held-out positions where the plan's most likely next token is the unchanged model's"),
         Metric(name="kl_divergence_nats", label="kl_divergence", dimension="number", better="lower", resource="quality",
                summary="mean KL(unchanged || plan) of the next-token distribution on held-out text, in nats"),
+        Metric(name="retrieval_ratio", label="retrieval", dimension="ratio", better="higher", resource="quality",
+               summary="share of facts in a prompt of the workload's length that are recalled afterwards, chance is 25 %; "
+               "only of plans that keep a part of prompt or cache"),
         Metric(name="build_s", label="build_time", dimension="time", better="lower", resource="computation",
                summary="seconds to make the artefact from the unchanged model"),
     )
 }  # fmt: skip
 
 LABELS = {m.label: m.name for m in METRICS.values()}
-STATISTICS = ("p50", "p95", "mean")
+STATISTICS = ("p50", "p95", "p99", "mean")
 
 
 def find_metric(text: str) -> tuple[Metric, str]:

@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -114,13 +115,36 @@ engines = Folder(
 )
 
 
+def stands(step: Step) -> bool:
+    """Return whether a step kept from earlier is still one: its technique is there, with these knobs and settings."""
+    try:
+        return complete(step) == step
+    except BadInput:
+        return False
+
+
+def require_standing(steps: Iterable[Step], *, where: str, hint: str) -> None:
+    """Refuse steps of a file that no longer stand.
+
+    Raises:
+        BadInput: names the first of them.
+    """
+    for step in steps:
+        if not stands(step):
+            raise BadInput(
+                f"`{step}` is of another version: its technique or settings have changed", where=where, hint=hint
+            )
+
+
 def complete(step: Step) -> Step:
     """Return a step with every knob set: those not given take their default.
 
     Raises:
         BadInput: an unknown technique, knob or setting.
     """
-    knobs = techniques.get(step.technique).TECHNIQUE.knobs
+    module = techniques.get(step.technique)
+    knobs = module.TECHNIQUE.knobs
+    fitted = [(knob, value) for knob, values in getattr(module, "RANGE", {}).values() for value in values]
     for knob, value in step.knobs.items():
         if knob not in knobs:
             raise BadInput(
@@ -128,7 +152,7 @@ def complete(step: Step) -> Step:
                 hint=f"its knobs: {', '.join(knobs) or 'none'}",
                 where="steps",
             )
-        if value not in knobs[knob].options:
+        if value not in knobs[knob].options and (knob, value) not in fitted:
             options = ", ".join(map(str, knobs[knob].options))
             raise BadInput(
                 f"`{knob}` of `{step.technique}` cannot be {value!r}", hint=f"one of: {options}", where="steps"

@@ -16,6 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Metadata of a dataclass field that is left out of the JSON while it has its default, so that the digests of values
+# from before there was such a field hold.
+UNSAID: Mapping[str, Any] = types.MappingProxyType({"unsaid": True})
+
 
 def plain(value: Any) -> Any:
     """Return `value` as JSON types: dataclasses and mappings to dicts, sets to sorted lists, tuples to lists.
@@ -30,7 +34,8 @@ def plain(value: Any) -> Any:
             raise ValueError(f"not a finite number: {value}")
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        there = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: plain(v) for f, v in there if not (f.metadata.get("unsaid") and v == f.default)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -7,11 +7,12 @@ Units are in the names; SI base units inside. Validation of what a person wrote 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_base.serde import digest
+from knowledge_base.build_memory import CALIBRATED, PLAIN, TRAINED, BuildMemory
+from knowledge_base.serde import UNSAID, digest
 
 if TYPE_CHECKING:
     from knowledge_base.quality import Loss
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A causal language model as its config.json and safetensors headers describe it; nothing is loaded.
+    """A language model as its config.json and safetensors headers describe it; nothing is loaded.
 
-    `digest` covers config, tokenizer and weight files, so it keys caches. Counts are in parameters.
+    `digest` covers config, tokenizer and weight files, so it keys caches. Counts are in parameters. Of an
+    encoder-decoder, layers, heads and sizes are those of the decoder, counts those of both.
     """
 
     name: str
@@ -48,26 +50,101 @@ class Model:
     experts: int = 0
     experts_active: int = 0
     sliding_window_tokens: int | None = None
+    window_share: float = 1.0  # of the KV cache, what lies in layers with that window; the others see everything
     attention_layers: int  # layers that hold a KV cache; 0 for a pure state-space model
+    kv_values_per_layer: float | None = None  # numbers cached for a token, where heads do not tell: latent attention
     state_bytes: int = 0  # recurrent state for each sequence (state-space models)
     weight_dtype: str  # "float32" | "bfloat16" | "float16" | ...: the most common dtype in the file
     weight_bytes: int  # bytes of all tensors on disk
+    kind: str = "decoder"  # "decoder" | "encoder" (one pass, no cache) | "encoder_decoder"
+    encoder_layers: int = 0
+    encoder_params: int = 0  # of linear_params, what only prompts go through: encoder, keys, values of cross-attention
+    quantised_format: str = ""  # of the layers' matrices, where not in weight_dtype: "int4", "mxfp4", ...
+    quantised_bytes: int = 0  # bytes of the layers' matrices then, scales and matrices left as they were included
+    draft: Model | None = field(default=None, metadata=UNSAID)  # a smaller one, same tokenizer, that guesses its tokens
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers the KV cache holds for one token: keys and values of every attention layer."""
-        return 2 * self.attention_layers * self.kv_heads * self.head_size
+        """Numbers the KV cache holds for one token, all layers; of an encoder-decoder, for one of prompt or output."""
+        if self.kind == "encoder":
+            return 0
+        each = 2 * self.kv_heads * self.head_size if self.kv_values_per_layer is None else self.kv_values_per_layer
+        return round(self.attention_layers * each)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """A file of requests: when each came, how long its prompt and its answer were. Rows are read by planner/load."""
+
+    file: str  # as the spec writes it, told from the spec's folder
+    requests: int = 0
+    digest: str = ""  # SHA-256 of the rows, so that another name is no other load
+    replayed: bool = True  # at its own times; otherwise only its lengths are taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What the model is asked to do. Lengths in tokens."""
+    """What the model is asked to do. Lengths in tokens, those of a conversation's first turn; of a trace, its own."""
 
-    prompt_tokens: int
-    output_tokens: int
-    prompt_tokens_p95: int | None = None
+    prompt_tokens: int  # the median
+    output_tokens: int  # the median
+    prompt_tokens_p95: int | None = None  # None: all are alike
     concurrency: int = 1
-    requests_per_s: float | None = None
+    requests_per_s: float | None = None  # arriving by chance; None: each client asks when it has its last answer
+    output_tokens_p95: int | None = field(default=None, metadata=UNSAID)  # None: all are alike
+    shared_prefix_tokens: int = field(default=0, metadata=UNSAID)  # of each prompt, the same in all
+    turns: int = field(default=1, metadata=UNSAID)  # requests of a conversation, each with all before it in its prompt
+    trace: Trace | None = field(default=None, metadata=UNSAID)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of prompt and answer together at the end of a conversation, of 95th-percentile lengths."""
+        prompt = self.prompt_tokens_p95 or self.prompt_tokens
+        output = self.output_tokens_p95 or self.output_tokens
+        return self.turns * (prompt + output) - (self.turns - 1) * self.shared_prefix_tokens
+
+    @property
+    def loaded(self) -> bool:
+        """Whether requests arrive, follow each other or are replayed: more than one batch after the other tells."""
+        return self.requests_per_s is not None or self.turns > 1 or self.trace is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """What an engine reaches on one device with one weight format, by measurements there; takes the priors' place.
+
+    The standard deviations are those of the logarithms. `n`: measurements of this very format; 0 where the engine's
+    others tell. `metrics`: those that were fitted; rates that only others tell of are the priors still.
+    """
+
+    engine: str
+    weight_format: str
+    compiled: bool
+    weights_bytes_per_s: float  # bytes/s reading weights from memory, unpacking included
+    read_log_sd: float  # of the logarithm
+    flop_per_s: float  # flop/s in prefill
+    flop_log_sd: float  # of the logarithm
+    kernel_s: float  # seconds to start an operator
+    step_s: float  # seconds beside them, each step
+    overhead_log_sd: float  # of the logarithm of both
+    runtime_bytes: float  # of memory, without a model
+    runtime_log_sd: float  # of the logarithm
+    n: int
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawCheck:
+    """How a machine's fitted laws (`Reached`) predict one metric of what was left out of their fit, beside the priors.
+
+    Median absolute errors.
+    """
+
+    metric: str
+    n: int
+    before_ratio: float  # by the priors, 0.1 is 10 %
+    after_ratio: float  # by the laws
+    kept: bool  # the laws are in use; otherwise the priors predict better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +160,10 @@ class Device:
     cache_bytes: int | None = None  # last level; None: not known, or no matter
     idle_w: float | None = None
     busy_w: float | None = None
+    link_bytes_per_s: float | None = None  # to its neighbours in the machine, one way; None: not known
     features: frozenset[str] = frozenset()
     source: str = ""  # where the figures come from: "measured 2026-11-21", a URL
+    reached: tuple[Reached, ...] = ()  # by engines, by leanplan calibrate and by measured plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +174,8 @@ class Hardware:
     devices: tuple[Device, ...]
     host_memory_bytes: int
     memory_limit_bytes: int  # cgroup or ulimit, else host_memory_bytes
+    disk_bytes_per_s: float | None = None  # reading a file of which nothing is in memory; None: not known
+    host_link_bytes_per_s: float | None = None  # from its memory to the accelerator, one way; None: not known
     price_usd_per_h: float | None = None
     electricity_usd_per_kwh: float | None = None
     grid_gco2e_per_kwh: float | None = None
@@ -224,14 +305,32 @@ class Technique:
     provides: frozenset[str] = frozenset()
     needs_calibration: bool = False
     lossless: bool = False
+    memory: BuildMemory | None = None  # what its build holds beside the model; None: what is usual, see `holds`
     modules: tuple[str, ...] = ()  # import names it needs beyond the core, e.g. ("torchao",)
     extra: str | None = None  # the extra that installs them
     sources: tuple[str, ...] = ()
 
+    @property
+    def holds(self) -> BuildMemory:
+        """What its build may hold in memory beside the model: as declared, or usual for what it works on."""
+        usual = TRAINED if self.stage == "recover" else CALIBRATED if self.needs_calibration else PLAIN
+        return self.memory or usual
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What is installed where an engine lives whose libraries clash with ours; `leanplan doctor --install` does it."""
+
+    requirements: tuple[str, ...]  # exact: "vllm==0.32.0"
+    disk_bytes: int  # that it takes, with all that they need in turn
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What an engine file says of itself. `offers` are capability tags; `preload` is imported before forking."""
+    """What an engine file says of itself. `offers` are capability tags; `preload` is imported before forking.
+
+    An engine with an `environment` of its own runs there, and `preload` is no other engine's: it tells its interpreter.
+    """
 
     summary: str
     offers: frozenset[str]
@@ -239,6 +338,7 @@ class Engine:
     modules: tuple[str, ...]
     devices: frozenset[str] = frozenset({"cpu", "gpu"})  # kinds of device it computes on
     extra: str | None = None
+    environment: Environment | None = None  # None: it lives with us
     sources: tuple[str, ...] = ()
 
 
@@ -264,12 +364,24 @@ class Demand:
     head_stored_bytes: float
     head_read_bytes: float
     other_bytes: float
+    zeros_share: float = (
+        0.0  # of linear_params, zero where they stand: they cost as much until a format leaves them out
+    )
+    disk_share: float = 1.0  # of linear_bytes, what the artefact takes where it is unpacked as it is loaded
+    offloaded_share: float = (
+        0.0  # of linear_bytes, brought in at each step: from disk, or from the host to its accelerator
+    )
+    transit_bytes: float = 0.0  # of memory, for weights that are being brought in
     weight_format: str  # key of calibrated efficiencies: "float32", "bfloat16", "int8", "int4", "q4_k", ...
     compute_dtype: str  # "float32" | "bfloat16" | "float16" | "int8"
     # arithmetic, multiply and add counted as two
     linear_flop_per_token: float
     head_flop_per_token: float
     attention_flop_per_token_pair: float  # for each (query, key) pair, all layers
+    # What reading a prompt and writing the output go through; only encoder-decoders and encoders differ from these.
+    prompt_share: float = 1.0  # of the layers' matrices, for each prompt token
+    output_share: float = 1.0  # of the layers' matrices, for each output token
+    prompt_pairs_ratio: float = 1.0  # attention while reading a prompt, over that of causal attention in `layers`
     # cache and activations
     kv_bytes_per_token: float
     activation_bytes_per_token: float  # live at once during prefill
@@ -281,6 +393,15 @@ class Demand:
     compiled: bool = False
     tokens_per_step: float = 1.0  # speculation: expected tokens for each decode step
     verified_tokens_per_step: float = 1.0  # positions one step computes
+    draft_bytes_per_step: float = (
+        0.0  # read to guess the tokens of a step, each guess on its own, beside the step itself
+    )
+    draft_flop_per_step: float = 0.0
+    draft_kernels_per_step: float = 0.0
+    # serving: what only shows where requests meet each other (cost_models/load.py)
+    reused_prefix_tokens: float = 0.0  # of each prompt, the same in all, whose keys and values are kept
+    reused_turn_tokens: float = 0.0  # ... and of a later turn's, what was said before; mean over a conversation
+    prefill_step_tokens: float = 0.0  # most prompt tokens computed between two tokens of others; 0: the engine's own
     # one-off
     build_flop: float = 0.0
     build_bytes: float = 0.0
@@ -288,6 +409,7 @@ class Demand:
     perplexity_ratio: float = 1.0
     perplexity_log_sd: float = 0.0
     losses: tuple[Loss, ...] = ()  # the published ones among the steps': some lose more together than apart
+    eased: tuple[tuple[str, float], ...] = ()  # by group of losses, the share that stays of those of later steps
     because: tuple[str, ...] = ()  # one short clause for each step that changed something
 
 
@@ -303,6 +425,7 @@ class Value:
     high: float
     source: str  # "analytic" | "calibrated" | "published"
     because: str = ""
+    p95: float | None = None  # over requests, where waiting makes them differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +475,9 @@ class Measurement:
     key: str  # content key: plan, model, data, workload, engine versions, machine
     hardware_fingerprint: str
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    alone: Mapping[str, Figure] | None = field(
+        default=None, metadata=UNSAID
+    )  # where `figures` are under load: the same of one batch after the other, on an idle machine
     failure: Failure | None = None
     artefact_digest: str | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)  # warm-up, repeats, seeds, data hash, lock wait, load
@@ -359,6 +485,11 @@ class Measurement:
     warnings: tuple[str, ...] = ()
     taken_at: str = ""  # wall time, a label only
     sequence: int = 0
+
+    @property
+    def as_alone(self) -> Measurement:
+        """The measurement of one batch after the other, which is what cost terms price; itself where there was no load."""
+        return replace(self, figures={**self.figures, **self.alone}, alone=None) if self.alone else self
 
 
 # ---------------------------------------------------------------- what a technique works on
@@ -380,7 +511,9 @@ class Session:
     calibration: Any  # torch.LongTensor (samples, tokens), or None
     seed: int
     workspace: Path
-    allocation: Mapping[str, int] | None = None  # module name -> bits, chosen by the planner's MILP
+    allocation: Mapping[str, str] | None = (
+        None  # module name -> its option ("4 zeros 0.5"), chosen by the planner's program
+    )
     runtime: dict[str, Any] = field(default_factory=dict)
     storage: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)  # facts worth telling: {"wanda.zeros_ratio": 0.5}

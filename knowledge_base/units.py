@@ -72,7 +72,12 @@ _CARBON = {
 _USD = {"USD": Fraction(1)}  # `$5` is read as `5 USD`
 _TOKENS = {"token": 1, "1k tokens": 1000, "1M tokens": 10**6}
 _RATES = {"s": 1, "min": 60, "h": 3600}
-_ALIASES = frozenset({"µs", "μs", "kB", ""})  # second spellings, and no unit at all
+_FLOP_PER_S = {
+    "MFLOP/s": Fraction(10**6), "GFLOP/s": Fraction(10**9), "TFLOP/s": Fraction(10**12), "PFLOP/s": Fraction(10**15),
+    "GFLOPS": Fraction(10**9), "TFLOPS": Fraction(10**12), "PFLOPS": Fraction(10**15), "TOPS": Fraction(10**12),
+}  # fmt: skip
+# Second spellings, and no unit at all.
+_ALIASES = frozenset({"µs", "μs", "kB", "GFLOPS", "TFLOPS", "PFLOPS", "TOPS", ""})
 
 DIMENSIONS: dict[str, Dimension] = {
     "time": Dimension(
@@ -128,6 +133,18 @@ DIMENSIONS: dict[str, Dimension] = {
     "carbon_per_kwh": Dimension(
         noun="a carbon intensity", base="gCO2e/kWh", units=_per(_CARBON, {"kWh": 1}), shown=("gCO2e/kWh",),
         usual=("gCO2e/kWh",), examples=("380 gCO2e/kWh",), zero=True,
+    ),
+    "bandwidth": Dimension(
+        noun="bytes for each second", base="B/s", units=_per(_BYTES, {"s": 1}), shown=("MB/s", "GB/s", "TB/s"),
+        usual=("GB/s", "TB/s"), examples=("1008 GB/s", "3.35 TB/s"),
+    ),
+    "arithmetic": Dimension(
+        noun="an arithmetic rate", base="FLOP/s", units={"FLOP/s": Fraction(1), **_FLOP_PER_S},
+        shown=("GFLOP/s", "TFLOP/s", "PFLOP/s"), usual=("GFLOP/s", "TFLOP/s"), examples=("165 TFLOP/s", "661 TOPS"),
+    ),
+    "power": Dimension(
+        noun="a power", base="W", units={"mW": Fraction(1, 1000), "W": Fraction(1), "kW": Fraction(1000)},
+        shown=("mW", "W", "kW"), usual=("W",), examples=("450 W",), zero=True,
     ),
 }  # fmt: skip
 
@@ -320,7 +337,9 @@ def exact(value: float, dimension: str) -> str:
     texts = {}
     for unit in dict.fromkeys((*reversed(kind.shown), *kind.units)):
         number = _plain(written / kind.units[unit])
-        if number is not None and unit not in _ALIASES and math.isfinite(float(number)):
+        if number is None or unit in _ALIASES:
+            continue
+        if math.isfinite(float(number)) and (float(number) or not value):  # neither too large nor too small for a float
             texts[unit] = number
     if dimension == "ratio" and value <= 1:
         texts.setdefault("", repr(value))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "plan": "planner.api",
+    "replan": "planner.api",
     "estimate": "planner.api",
     "check": "planner.api",
     "Budget": "knowledge_base.types",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from planner.api import check as check
     from planner.api import estimate as estimate
     from planner.api import plan as plan
+    from planner.api import replan as replan
     from planner.results import ParetoSet as ParetoSet
     from planner.results import PlanResult as PlanResult
 

@@ -44,7 +44,8 @@ class Kind(Protocol):
 def wrong(node: Node, kind: Kind) -> BadInput:
     """Return the error for a value of another type than the key needs."""
     return node.error(
-        f"{node.name} must be {kind.words}, got {node.found}", hint="every key is explained by: leanplan help spec"
+        f"{node.name} must be {kind.words}, got {node.found}",
+        hint=f"every key is explained by: leanplan help {node.about}",
     )
 
 
@@ -434,7 +435,7 @@ def flow(value: Any) -> str:
 def unknown_key(node: Node, known: Sequence[str]) -> BadInput:
     """Return the error for a key that does not exist, with the nearest that do."""
     name = node.path[-1]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1) or [key for key in known if key.startswith(f"{name}_")]
     guess = f"; did you mean {quote(near[0])}?" if near else ""
     inside = f" in {'.'.join(node.path[:-1])}" if node.path[:-1] else ""
     return node.error(f"unknown key {quote(name)}{inside}{guess}", hint=f"known keys: {', '.join(known)}", at_key=True)

@@ -48,10 +48,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A text that was read: its name for messages, and its lines."""
+    """A text that was read: its name for messages, its lines, and what it describes, a topic of `leanplan help`."""
 
     name: str
     lines: tuple[str, ...]
+    about: str = "spec"
 
     def where(self, place: Place) -> str:
         """Return `leanplan.yaml:14:22`."""
@@ -86,7 +87,12 @@ class Node:
     @property
     def name(self) -> str:
         """`search.time_limit`, or "the spec" for the whole."""
-        return ".".join(self.path) or "the spec"
+        return ".".join(self.path) or f"the {self.about}"
+
+    @property
+    def about(self) -> str:
+        """What the whole describes: "spec", "machine"."""
+        return self.source.about if self.source else "spec"
 
     @property
     def found(self) -> str:
@@ -176,7 +182,7 @@ def decode(data: bytes, name: str) -> str:
     return text
 
 
-def parse_yaml(text: str, name: str) -> Node:
+def parse_yaml(text: str, name: str, about: str = "spec") -> Node:
     """Return the one document of a YAML text; an empty text is a null node.
 
     Raises:
@@ -184,7 +190,7 @@ def parse_yaml(text: str, name: str) -> Node:
     """
     import yaml
 
-    source = Source(name, tuple(_BREAKS.split(text)))
+    source = Source(name, tuple(_BREAKS.split(text)), about)
     try:
         return _build(yaml.parse(text, Loader=yaml.SafeLoader), source)
     except yaml.MarkedYAMLError as error:

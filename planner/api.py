@@ -35,7 +35,7 @@ def plan(
         predict: price plans only; nothing is run.
         fresh: measure again what the store already holds.
         progress: tell on stderr what goes on.
-        fields: any other key of a spec file: `objectives`, `workload`, `hardware`, `quality`, `calibration`, ...
+        fields: any other key of a spec file: `draft`, `objectives`, `workload`, `hardware`, `quality`, `calibration`, ...
 
     Raises:
         BadInput: the spec, model or data cannot be used; NoFeasiblePlan is not raised: the set says so.
@@ -50,36 +50,86 @@ def plan(
     return run(_spec_of(model, spec, budgets, fields), settings, Progress(quiet=not progress))
 
 
+def replan(
+    run: str | Path | None = None,
+    *,
+    budgets: Mapping[str, Any] | Sequence[Budget] = (),
+    objectives: Sequence[str] = (),
+    spec: str | Path | None = None,
+    run_dir: str | Path = "runs",
+    store: str | Path = ".leanplan",
+) -> ParetoSet:
+    """Judge what a run measured under changed budgets or objectives, at once: nothing is run.
+
+    Args:
+        run: folder or name of a finished run; None: the newest.
+        budgets: as in a spec file, or Budget values; each takes the place of the spec's on the same figure.
+        objectives: in place of the spec's.
+        spec: a spec file with the same workload, in place of the run's own.
+
+    Raises:
+        BadInput: no such run, it measured nothing, or a budget or the spec cannot be used.
+    """
+    from planner import spec as specs
+    from planner.finding import find_run
+    from planner.replanning import replan as judge_anew
+    from planner.replanning import spec_of_run, with_budgets
+
+    answer = find_run(str(run) if run else None, Path(run_dir))
+    base = specs.load(spec) if spec else spec_of_run(answer)
+    asked: dict[str, Any] = {"model": answer.model.source, "objectives": list(objectives or base.objectives)}
+    if isinstance(budgets, Mapping) and budgets:
+        asked["budgets"] = dict(budgets)
+    read = specs.from_mapping(asked)
+    values = read.budgets if isinstance(budgets, Mapping) else tuple(budgets)
+    changed = replace(with_budgets(base, values), objectives=read.objectives)
+    return judge_anew(answer, changed, run_root=Path(run_dir), store=Path(store))
+
+
 def estimate(
     model: str | Path,
     steps: Sequence[Step] = (),
     *,
     engine: str = "transformers",
+    weights: str | None = None,
     hardware: str = "local",
+    devices: int | None = None,
+    draft: str | Path | None = None,
     store: str | Path = ".leanplan",
-    **workload: int,
+    **workload: Any,
 ) -> Estimate:
     """Return predicted figures of one plan, without running anything.
 
     Args:
         steps: techniques with their knobs, those not given at their default; put in the order the knowledge base gives.
+        engine: one of `leanplan ls engines`, or one known by its law ("vllm", "sglang", ...), which takes no steps.
+        weights: how an engine known by its law stores them: "bf16", "fp8", "int8", "int4" or "fp4".
         hardware: "local" or a name of `leanplan ls machines`.
-        workload: prompt_tokens, output_tokens, concurrency.
+        devices: how many of its device; None: as many as the name says.
+        draft: folder or hub id of a smaller model that drafts; None: the folder NAME-draft beside the model's, if there is one.
+        workload: prompt_tokens, output_tokens, concurrency or requests_per_s.
 
     Raises:
-        BadInput: an unknown technique, knob, setting or machine, or a model that cannot be read.
+        BadInput: an unknown technique, knob, setting, engine or machine, or a model that cannot be read.
     """
-    import cost_models
-    from knowledge_base import rules
     from knowledge_base.registry import complete
-    from knowledge_base.types import Plan, Workload
+    from knowledge_base.types import Workload
+    from planner.estimating.asking import Asked, find_engine, with_devices
+    from planner.estimating.pricing import price
     from planner.machine import find
     from planner.reading import read_model
 
-    facts = read_model(str(model), weights="optional").model
-    chosen = Plan(model_digest=facts.digest, engine=engine, steps=tuple(rules.order([complete(s) for s in steps])))
-    lengths = {"prompt_tokens": 128, "output_tokens": 64, **workload}
-    return cost_models.estimate(chosen, facts, Workload(**lengths), find(hardware, Path(store)))
+    find_engine(engine)
+    asked = Asked(
+        model=read_model(str(model), weights="optional", draft=str(draft) if draft else None).model,
+        engine=engine,
+        steps=tuple(complete(step) for step in steps),
+        weights=weights,
+        workload=Workload(**{"prompt_tokens": 128, "output_tokens": 64, **workload}),
+        hardware=with_devices(find(hardware, Path(store)), devices),
+    )
+    asked.check()
+    return price(asked).estimate
 
 
 def check(spec: str | Path, **settings: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,17 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     qkv_bias: bool | tuple[str, bool] = ("attention_bias", False)  # a constant, or a key of config.json and its default
     output_bias: bool | tuple[str, bool] = ("attention_bias", False)
+    ffn_bias: bool | tuple[str, bool] = False
     qk_norm: str = ""  # "head": one weight for each number of a head, "full": for each number of the projection
     experts: str = ""  # "mixtral" | "qwen": how their tensors are named
+    experts_active: int = 0  # where config.json does not say
     shared_expert: bool = False  # one more that every token goes through
     needs: tuple[str, ...] = ()  # further facts of config_facts.py its shapes are made from
+    # Which layers a sliding window holds in: "none", "all", "switched" (all, if use_sliding_window), "upper" (from
+    # max_window_layers on, if switched on), "ask" (told by transformers, if switched on), or a number n: all but every
+    # n-th, or as sliding_window_pattern says.
+    windows: str | int = "all"
+    window_tokens: int | None = None  # where config.json does not say
 
 
 def _flag(value: bool | tuple[str, bool], config: Mapping[str, Any]) -> bool:
@@ -62,7 +69,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
 def _llama(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
     hidden, ffn = sizes.hidden_size, sizes.ffn_size
     query, key = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
-    bias, output_bias, ffn_bias = (_flag(b, config) for b in (family.qkv_bias, family.output_bias, ("mlp_bias", False)))
+    bias, output_bias, ffn_bias = (_flag(b, config) for b in (family.qkv_bias, family.output_bias, family.ffn_bias))
     shapes: Shapes = {"model.embed_tokens.weight": (sizes.vocab_size, hidden)}
     for layer in range(sizes.layers):
         at = f"model.layers.{layer}"
@@ -165,7 +172,9 @@ def _gpt_neox(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes
 def _mamba(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
     hidden, inner, state = sizes.hidden_size, sizes.ffn_size, int(config["state_size"])
     rank = config.get("time_step_rank", "auto")
-    rank = -(-hidden // 16) if rank == "auto" else int(rank)
+    rank = -(-hidden // 16) if rank == "auto" else rank
+    if type(rank) is not int:
+        raise ValueError(f"time_step_rank is {rank!r:.40}")
     bias = bool(config.get("use_bias", False))
     shapes: Shapes = {"backbone.embeddings.weight": (sizes.vocab_size, hidden)}
     for layer in range(sizes.layers):
@@ -186,43 +195,56 @@ def _mamba(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> Shapes:
 _FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
+_GROUPED = ("ffn_size", "kv_heads")  # what transformers would fill with the sizes of another model
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(shapes=_llama),
-    "mistral": Family(shapes=_llama, qkv_bias=False, output_bias=False),
-    "granite": Family(shapes=_llama),
-    "smollm3": Family(shapes=_llama, tied=True),
-    "qwen2": Family(shapes=_llama, qkv_bias=True, output_bias=False),
-    "qwen3": Family(shapes=_llama, head_size=128, qk_norm="head"),
-    "phi3": Family(shapes=_llama, qkv_bias=False, output_bias=False),
-    "gemma": Family(shapes=_llama, tied=True, head_size=256),
-    "gemma2": Family(shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS),
-    "gemma3_text": Family(shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS, qk_norm="head"),
-    "olmo2": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
-    "olmo3": Family(shapes=_llama, norms=_POST_NORMS, qk_norm="full"),
+    "llama": Family(needs=("ffn_size",), shapes=_llama, windows="none", ffn_bias=("mlp_bias", False)),
+    "mistral": Family(needs=_GROUPED, shapes=_llama, qkv_bias=False, output_bias=False, window_tokens=4096),
+    "granite": Family(needs=("ffn_size",), shapes=_llama, windows="none", ffn_bias=("mlp_bias", False)),
+    "smollm3": Family(needs=_GROUPED, shapes=_llama, tied=True, windows="ask", ffn_bias=("mlp_bias", False)),
+    "qwen2": Family(needs=_GROUPED, shapes=_llama, qkv_bias=True, output_bias=False, windows="upper"),
+    "qwen3": Family(needs=_GROUPED, shapes=_llama, head_size=128, qk_norm="head", windows="upper"),
+    "phi3": Family(needs=("ffn_size",), shapes=_llama, qkv_bias=False, output_bias=False),
+    "gemma": Family(needs=_GROUPED, shapes=_llama, tied=True, head_size=256, windows="none"),
+    "gemma2": Family(
+        needs=_GROUPED,
+        shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS, windows=2, window_tokens=4096,
+    ),
+    "gemma3_text": Family(
+        needs=_GROUPED,
+        shapes=_llama, tied=True, head_size=256, norms=_FOUR_NORMS, qk_norm="head", windows=6, window_tokens=4096,
+    ),
+    "olmo2": Family(needs=("ffn_size",), shapes=_llama, norms=_POST_NORMS, qk_norm="full", windows="none"),
+    "olmo3": Family(needs=("ffn_size",), shapes=_llama, norms=_POST_NORMS, qk_norm="full", windows=4, window_tokens=4096),
     "mixtral": Family(
-        shapes=_llama, qkv_bias=False, output_bias=False, experts="mixtral",
-        needs=("experts", "ffn_size"),
+        shapes=_llama, qkv_bias=False, output_bias=False, experts="mixtral", experts_active=2,
+        needs=(*_GROUPED, "experts"),
     ),
     "qwen2_moe": Family(
-        shapes=_llama, qkv_bias=("qkv_bias", True), output_bias=False, experts="qwen", shared_expert=True,
-        needs=("experts", "expert_ffn_size", "ffn_size", "shared_expert_ffn_size"),
+        shapes=_llama, qkv_bias=("qkv_bias", True), output_bias=False, experts="qwen", shared_expert=True, experts_active=4,
+        windows="ask",
+        needs=(*_GROUPED, "experts", "expert_ffn_size", "shared_expert_ffn_size"),
     ),
     "qwen3_moe": Family(
-        shapes=_llama, qk_norm="head", experts="qwen",
-        needs=("experts", "expert_ffn_size", "ffn_size"),
+        shapes=_llama, qk_norm="head", experts="qwen", experts_active=8, windows="switched",
+        needs=(*_GROUPED, "experts", "expert_ffn_size"),
     ),
-    "gpt2": Family(shapes=_gpt2, tied=True, gated=False),
-    "gpt_neox": Family(shapes=_gpt_neox, gated=False),
-    "mamba": Family(shapes=_mamba, tied=True, needs=("state_size", "conv_kernel")),
+    "gpt2": Family(shapes=_gpt2, tied=True, gated=False, windows="none"),
+    "gpt_neox": Family(needs=("ffn_size",), shapes=_gpt_neox, gated=False, windows="none"),
+    "mamba": Family(shapes=_mamba, tied=True, needs=("state_size", "conv_kernel"), windows="none"),
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------- parts of a model, by the names of tensors
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.\d+\.")
+_LAYER = re.compile(r"\.\d+\.")  # a member of a list of modules
 _OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|video|projector|aligner")
 _BUFFER = re.compile(r"(?:\.(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.(?:inv_freq|cos_cached|sin_cached))$")
-_NOT_LINEAR = re.compile(r"A_log|conv|embed|norm|\.wpe|time_mix|time_decay|pos_emb")
+_NOT_LINEAR = re.compile(
+    r"A_log|(?:conv|norm)[^.]*(?:\.\d+)?\.(?:weight|bias)$|embed|\.wpe|time_mix|time_decay|relative_attention_bias|bias$|sinks$"
+)
+_ROUTER = re.compile(r"router|\.gate\.(?:weight|e_score)")
+_GATED = re.compile(r"gate_proj|gate_up|wi_1\.|\.w3\.|linear_v|input_linear|\.Wi\.|\.v1$|mixer\.in_proj")
 _INPUT = re.compile(r"(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings|embedding)\.weight$")
 _OUTPUT = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|head)\.weight$")
 
@@ -232,30 +254,63 @@ def is_buffer(name: str) -> bool:
     return bool(_BUFFER.search(name))
 
 
-def part_of(name: str, shape: Shape) -> str:
-    """Return which part of the model a tensor is: "linear", "embedding", "head" or "other"."""
+def gated(names: Iterable[str]) -> bool:
+    """Return whether feed-forward layers multiply two projections, by the names their tensors have."""
+    return any(_GATED.search(name) for name in names)
+
+
+def part_of(name: str, shape: Shape, *, embedding: str = "", head: str = "") -> str:
+    """Return which part of the model a tensor is: "linear", "embedding", "head" or "other".
+
+    `embedding` and `head` are the names of these two where somebody knows them.
+    """
+    if embedding and name in (embedding, head):
+        return "embedding" if name == embedding else "head"
     if _OTHER_SENSES.search(name):
         return "other"
     if _LAYER.search(name):
-        expert = ".experts." in name and len(shape) == 3
-        return "linear" if (len(shape) == 2 and not _NOT_LINEAR.search(name)) or expert else "other"
+        return "linear" if len(shape) in (2, 3) and not _NOT_LINEAR.search(name) else "other"
+    if embedding:
+        return "other"
     if len(shape) == 2 and _INPUT.search(name):
         return "embedding"
     return "head" if len(shape) == 2 and _OUTPUT.search(name) else "other"
 
 
-def count(shapes: Mapping[str, Shape], sizes: Sizes, *, tied: bool) -> dict[str, int]:
-    """Return parameter counts by part. A tied head is not counted again, buffers not at all."""
-    totals, expert_params, rows = Counter[str](), 0, 0
+def is_expert(name: str, shape: Shape, experts: int) -> bool:
+    """Whether a tensor is that of one routed expert, or of all of them stacked."""
+    if not experts or not _LAYER.search(name) or "shared" in name or _ROUTER.search(name):
+        return False
+    return ".experts." in name or (len(shape) == 3 and shape[0] == experts)
+
+
+def count(
+    shapes: Mapping[str, Shape],
+    sizes: Sizes,
+    *,
+    tied: bool,
+    embedding: str = "",
+    head: str = "",
+    encoder: Collection[str] = (),
+) -> dict[str, int]:
+    """Return parameter counts by part. A tied head is not counted again, buffers not at all.
+
+    Active are all but the routed experts that a token does not choose: experts' parameters times (1 - chosen / all).
+    """
+    totals, expert_params, rows, encoder_params = Counter[str](), 0, 0, 0
+    inside = frozenset(encoder)
     for name, shape in shapes.items():
-        part = part_of(name, shape)
+        part = part_of(name, shape, embedding=embedding, head=head)
         if is_buffer(name) or (tied and part == "head"):
             continue
-        totals[part] += math.prod(shape)
-        if part == "linear" and ".experts." in name:
-            expert_params += math.prod(shape)
+        size = math.prod(shape)
+        totals[part] += size
+        if is_expert(name, shape, sizes.experts):
+            expert_params += size
         if part == "embedding":
             rows = max(rows, shape[0])
+        if part == "linear" and name in inside:
+            encoder_params += size
     total = sum(totals.values())
     idle = 0
     if sizes.experts:
@@ -263,4 +318,5 @@ def count(shapes: Mapping[str, Shape], sizes: Sizes, *, tied: bool) -> dict[str,
     return {
         "params_total": total, "params_active": total - idle, "linear_params": totals["linear"],
         "embedding_params": totals["embedding"], "vocabulary_rows": rows or sizes.vocab_size,
+        "encoder_params": encoder_params,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -16,11 +17,20 @@ from knowledge_base import registry
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.serde import digest, file_digest, plain, write_json
 from knowledge_base.types import Model, Plan
+from planner.drafts import draft_for
 from planner.isolation import Limits, Servers
+from planner.isolation.worker import OPTIONS, RESUME
 
 MANIFEST = "leanplan.json"
 MAX_FILES = 10_000
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_OPTIONS_BYTES = 64 << 20
+CUT_OFF = ("timeout", "killed")  # failures after which a build may go on from what it had done
+UNFINISHED_MAX = 3  # builds of which that is kept; the oldest go
+
+Allocate = Callable[
+    [int, Callable[[float], Any]], Mapping[str, str]
+]  # number of the step, how to measure -> allocation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,7 @@ class BuildResult:
     step_s: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     peak_bytes: int = 0  # highest resident memory of the building process
+    allocation: Mapping[str, str] | None = None  # what its steps executed, given or chosen on the way
 
 
 def build(
@@ -48,16 +59,26 @@ def build(
     limits: Limits,
     workspace: Path,
     log: Path,
-    allocation: Mapping[str, int] | None = None,
+    allocation: Mapping[str, str] | None = None,
+    allocate: Allocate | None = None,
     calibration: Path | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
+    unfinished: Path | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> BuildResult:
     """Build a plan's artefact in a process of its own and move it to `out`, which then holds all of it or nothing.
 
+    A build that was stopped at its time limit, killed or interrupted leaves what it had done in `unfinished`; asked for
+    again, with everything the same, it goes on from there. What a planner that was killed itself left in `workspace`
+    serves as well.
+
     Args:
         workspace: the candidate's folder, on the same file system as `out`; removed afterwards.
+        unfinished: folder of builds that were cut off, by key; None: they begin anew.
+        allocation: what each part of the model gets, where steps execute one. None: `allocate` is asked when the build
+            comes to such a step, with its number, and with a function that measures in about so many seconds what the
+            step can choose from, on the model as it is then.
         calibration: token windows, .npy of int32 (windows, tokens).
 
     Raises:
@@ -73,11 +94,32 @@ def build(
         "seed": seed,
         "allow_pickle": allow_pickle,
         "out": str((workspace / "artefact").resolve()),
+        "key": (key := _key(plan, model, calibration, seed)),
     }
+    left = unfinished / key if unfinished else None
+    _tidy(workspace, left)
     try:
         with servers.start(builder_preload(preload), folder=workspace, limits=limits, log=log) as candidate:
             began = time.monotonic()  # what the first candidate waits for the modules to load is not the plan's
             reply = candidate.call("build", payload, timeout_s=limits.time_s, progress=progress)
+            while "waits_for" in reply:
+                number = reply["waits_for"]
+                if number not in range(len(plan.steps)) or allocate is None:
+                    raise CandidateFailed(
+                        "build_error", "the plan has a step that executes an allocation, and none was given",
+                        hint="plan again: the planner measures and allocates",
+                    )  # fmt: skip
+
+                def measure(seconds: float, candidate: Any = candidate) -> Any:
+                    candidate.call("options", {"time_limit_s": seconds}, timeout_s=limits.time_s, progress=progress)
+                    return _measured(workspace / OPTIONS)
+
+                chosen = allocate(number, measure)
+                allocation = {**(allocation or {}), **chosen}
+                reply = candidate.call(
+                    "allocated", {"allocation": plain(chosen)}, timeout_s=limits.time_s, progress=progress
+                )
+            peak_bytes = candidate.peak_bytes
         made = workspace / "artefact"
         facts = {name: _mapping(reply, name) for name in ("runtime", "notes", "versions", "step_s")}
         manifest = seal(made, plan, allocation=allocation, **{k: facts[k] for k in ("runtime", "notes", "versions")})
@@ -87,12 +129,72 @@ def build(
         if out.is_dir():
             shutil.rmtree(out)
         made.replace(out)
+    except (CandidateFailed, KeyboardInterrupt) as error:
+        if left is not None and (not isinstance(error, CandidateFailed) or error.kind in CUT_OFF):
+            _keep(workspace / RESUME, left)
+        raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return BuildResult(
         folder=out, digest=manifest["digest"], bytes=sum(f["bytes"] for f in manifest["files"].values()),
-        seconds=time.monotonic() - began, peak_bytes=int(reply.get("peak_bytes") or 0), **facts,
+        seconds=time.monotonic() - began, peak_bytes=peak_bytes, allocation=allocation, **facts,
     )  # fmt: skip
+
+
+def _key(plan: Plan, model: Model, calibration: Path | None, seed: int) -> str:
+    """Return the digest of everything that what a build had done depends on."""
+    from planner.predicting import versions
+
+    text = file_digest(calibration) if calibration else None
+    drafts = [draft.digest] if (draft := draft_for(plan, model)) else []
+    return digest([plain(plan), model.digest, *drafts, text, seed, versions()])[:32]
+
+
+def _tidy(workspace: Path, left: Path | None) -> None:
+    """Leave nothing in the workspace but what a build can go on from: of an earlier one cut off, or of a planner killed."""
+    if left is not None and left.is_dir() and not left.is_symlink():
+        shutil.rmtree(workspace, ignore_errors=True)
+        workspace.mkdir(parents=True, mode=0o700)
+        shutil.move(left, workspace / RESUME)
+    for path in workspace.iterdir() if workspace.is_dir() else ():
+        if path.name != RESUME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _keep(folder: Path, left: Path) -> None:
+    """Move what a build had done to where it is found again, if it is plain files only; the oldest such folders go."""
+    if not folder.is_dir() or folder.is_symlink() or _files(folder)[1] or not _files(folder)[0]:
+        return
+    left.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(left, ignore_errors=True)
+    shutil.move(folder, left)
+    os.utime(left)
+    for old in sorted(left.parent.iterdir(), key=lambda p: p.lstat().st_mtime)[:-UNFINISHED_MAX]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """Return what a step can choose from, as the candidate measured it: at least {"parts": {name: {option: {...}}}}.
+
+    "ties", where there are any, lists (name, option)s that are taken all or none.
+
+    Raises:
+        CandidateFailed: "invalid_result", it is not there or of another form.
+    """
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_OPTIONS_BYTES:
+            raise ValueError("a link, or too large")
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        parts: Any = measured["parts"]
+        for choice in (choice for choices in parts.values() for choice in choices.values()):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in choice.values()):
+                raise ValueError("a number that is not finite")
+        if not all(option in parts[part] for tie in measured.get("ties", ()) for part, option in tie):
+            raise ValueError("a tie of what is no option")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        text = f"what the step can choose from was not measured: {type(error).__name__}: {error}"
+        raise CandidateFailed("invalid_result", text) from error
+    return measured
 
 
 def builder_preload(preload: tuple[str, ...]) -> tuple[str, ...]:
@@ -104,7 +206,7 @@ def seal(
     folder: Path,
     plan: Plan,
     *,
-    allocation: Mapping[str, int] | None,
+    allocation: Mapping[str, str] | None,
     runtime: Mapping[str, Any],
     notes: Mapping[str, Any],
     versions: Mapping[str, str],

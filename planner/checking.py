@@ -140,7 +140,7 @@ def check(
     Raises:
         BadInput: spec, lock or model cannot be used; EnvironmentProblem: an error budget cannot be measured here.
     """
-    from planner import loop
+    from planner import loop, predicting
     from planner import spec as specs
     from planner.preparing import prepare
     from planner.progress import Progress
@@ -166,7 +166,6 @@ def check(
             notes.append(
                 "the model changed since the lock was written; the locked steps are applied to the model as it is now"
             )
-        _require_known(plan)
         if plan.engine not in prepared.space.options:
             raise EnvironmentProblem(
                 f"the locked plan needs the engine {plan.engine}, which cannot run here", hint="leanplan doctor"
@@ -198,7 +197,7 @@ def check(
     possible = None
     if measured and any(v.outcome == "not met" and v.budget.level == "error" for v in result.verdicts):
         progress.line("a budget is not met: looking for a plan that is predicted to meet all")
-        possible = loop.predicted(prepared)
+        possible = predicting.predicted(prepared)
     return CheckResult(
         name=name_of(spec), result=result, regressions=tuple(regressions), notes=tuple(notes),
         measured=measured, answer=answer, lock=locked, main=main, changes=changes(main, answer, result) if main else (),
@@ -216,19 +215,6 @@ def _main_lock(baseline: Path | None, own: Lock | None) -> tuple[Lock | None, li
         if own is None:
             raise
         return own, [f"the baseline cannot be read ({error.message}): the spec's own lock is shown"]
-
-
-def _require_known(plan: Plan) -> None:
-    """Refuse a plan of another version of leanplan, whose techniques were others."""
-    from knowledge_base.registry import techniques
-
-    for step in plan.steps:
-        known = step.technique in techniques.names()
-        if not known or set(step.knobs) != set(techniques.get(step.technique).TECHNIQUE.knobs):
-            raise BadInput(
-                f"the locked plan has {step}, which this version of leanplan does not know",
-                hint="choose a plan again: leanplan plan SPEC --lock",
-            )
 
 
 def name_of(spec: Spec) -> str:
@@ -249,11 +235,11 @@ def changes(lock: Lock, answer: ParetoSet, result: PlanResult) -> tuple[str, ...
     bits = {m: (b, (result.allocation or {}).get(m)) for m, b in (lock.allocation or {}).items()}
     moved = [f"{m} from {b} to {a}" for m, (b, a) in bits.items() if a not in (b, None)]
     if moved:
-        found.append(f"bits of {len(moved)} modules: {', '.join(moved[:4])}{', …' if len(moved) > 4 else ''}")
+        found.append(f"options of {len(moved)} modules: {', '.join(moved[:4])}{', …' if len(moved) > 4 else ''}")
     if lock.plan.model_digest != answer.model.digest:
         found.append("the model's files (weights, config or tokenizer)")
     was, is_now = plain(lock.workload), plain(answer.workload)
-    found += [f"{key} {is_now[key]}, was {was[key]}" for key in was if was[key] != is_now[key]]
+    found += [f"{k} {is_now.get(k)}, was {was.get(k)}" for k in {**was, **is_now} if was.get(k) != is_now.get(k)]
     versions = result.measurement.versions if result.measurement else {}
     found += [f"{k} {v}, was {lock.versions[k]}" for k, v in versions.items() if lock.versions.get(k, v) != v]
     if lock.hardware_fingerprint != answer.hardware.fingerprint:
@@ -346,11 +332,11 @@ def _for_check(spec: Spec) -> Spec:
 
 def _predicted(prepared, plan: Plan) -> tuple[ParetoSet, PlanResult]:  # type: ignore[no-untyped-def]
     import cost_models
-    from planner import loop
+    from planner import predicting
     from planner.judging import judge
 
-    answer = loop.predicted(prepared)
-    problem = loop.problem_of(prepared)
+    answer = predicting.predicted(prepared)
+    problem = predicting.problem_of(prepared)
     reference = problem.price([problem.space.unchanged()]).problem_baseline()
     estimate = cost_models.estimate(plan, problem.model, problem.workload, problem.hardware)
     return answer, PlanResult(

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base import units
-from knowledge_base.errors import EnvironmentProblem
+from knowledge_base.errors import BadInput, EnvironmentProblem
 from knowledge_base.metrics import METRICS
 from knowledge_base.types import Budget, Device, Estimate, Hardware, Model, Plan
+from planner.foreseeing import BUILD_SHARE, Experience, experience, foresee
 from planner.results import PlanResult, Rejection
+from planner.room import room
+from planner.run_forecast import RunForecast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +34,6 @@ EXHAUSTIVE_PLANS = 3_000  # spaces up to this many combinations are priced whole
 ROUNDS = 3  # steps added to the best plans of larger ones, one for each round
 LOSSES = (0.0, 0.01, 0.02, 0.05, 0.1, float("inf"))  # a sample holds the best plans within each loss of quality
 QUICK_S = 0.12  # what measuring one rate of a machine may take when there is no profile of it
-PROCESS_S = 5.0  # that a candidate's process takes to import torch and end, on the two cores the demo ran on
 
 
 # ---------------------------------------------------------------- the machine, as far as it is known
@@ -44,6 +46,7 @@ def known_machine(name: str, store: Path) -> tuple[Hardware, str | None]:
         BadInput: no such machine; EnvironmentProblem: it cannot be told without measuring.
     """
     from planner import machine
+    from planner.calibrating.keeping import laid_on
 
     if name != "local":
         return machine.find(name, store), None
@@ -51,7 +54,7 @@ def known_machine(name: str, store: Path) -> tuple[Hardware, str | None]:
     mark = machine.fingerprint(light)
     profile = Path(store) / "machines" / f"{mark}.json"
     if (known := machine.read_profile(profile)) is not None:
-        return known.hardware, None
+        return laid_on(known.hardware, store), None
     from planner.probes.accelerators import names
 
     if gpus := names():
@@ -123,6 +126,7 @@ class Outlook:
     weights_here: bool  # without weights a model can be priced, not run
     priced: Priced  # the sample, under the spec's budgets and objectives
     unchanged: Estimate
+    learned: Experience = field(default_factory=Experience)  # what earlier runs here took
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -141,8 +145,6 @@ class Outlook:
             budgets: None: all of the spec's.
         """
         import numpy as np
-
-        from planner.loop import BUILD_SHARE
 
         fits = np.asarray(self.priced.figures["peak_memory_bytes"].mid <= self.memory_bytes)
         if self.spec.hardware == "local":  # elsewhere nothing is built, so nothing takes too long to build
@@ -177,31 +179,10 @@ class Outlook:
             left = left[values <= values.min() + TIE * abs(values.min())]
         return self.priced.plans[int(left[0])]
 
-    def effort(self) -> tuple[int, float]:
-        """Return how many plans a run is likely to measure here, and the seconds it takes; both are rough.
-
-        A candidate is built, started, sent requests and scored on held-out text. The candidates in mind are the
-        predicted front within the limits.
-        """
-        import numpy as np
-
-        from planner.data import WINDOWS
-        from planner.loop import FINALIST_SHARE
-        from planner.measuring import PROTOCOLS
-        from search.pareto import front
-
-        search, figures = self.spec.search, self.priced.figures
-        left = np.flatnonzero(self.within())
-        if not len(left):
-            left = np.arange(len(self.priced.plans))
-        left = left[front(self.priced.costs()[left])]
-        protocol, (windows, tokens) = PROTOCOLS[search.effort], WINDOWS[search.effort]
-        requests_s = np.clip(protocol.requests * figures["latency_s"].mid[left], protocol.least_s, protocol.most_s)
-        scoring_s = figures["ttft_s"].mid[left] * windows * tokens / self.spec.workload.prompt_tokens
-        each_s = float(np.mean(figures["build_s"].mid[left] + PROCESS_S + requests_s + scoring_s))
-        room = (1 - FINALIST_SHARE) * search.time_limit_s
-        count = max(1, min(search.max_measured, int(room / each_s)))
-        return count, min(search.time_limit_s, count * each_s / (1 - FINALIST_SHARE))
+    @property
+    def run(self) -> RunForecast:
+        """What measuring here would take, by uncorrected predictions: at once."""
+        return foresee(self.spec, self.priced, self.learned, probed=self.hardware.measured)
 
     def estimate(self, plan: Plan) -> Estimate:
         """Return one plan's predicted values, each with its reason."""
@@ -280,6 +261,7 @@ class Forecast:
     allow_pickle: bool = False
     _models: dict[Any, ReadResult] = field(default_factory=dict)
     _machines: dict[str, tuple[Hardware, str | None]] = field(default_factory=dict)
+    _learned: dict[Any, Experience] = field(default_factory=dict)
     _samples: dict[Any, tuple[Space, tuple[Rejection, ...], Priced]] = field(default_factory=dict)
 
     def model(self, spec: Spec) -> ReadResult:
@@ -288,14 +270,13 @@ class Forecast:
         Raises:
             LeanplanError: it cannot be read, or the hub cannot be reached.
         """
-        from planner.preparing import model_source
-        from planner.reading import read_model
+        from planner.preparing import model_source, read_models
 
-        key = (model_source(spec), spec.model.revision)
+        key = (model_source(spec), spec.model.revision, spec.draft)
         if key not in self._models:
-            self._models[key] = read_model(
-                key[0], revision=key[1], offline=self.offline, trust_remote_code=self.trust_remote_code,
-                allow_pickle=self.allow_pickle, weights="optional",
+            self._models[key] = read_models(
+                spec, offline=self.offline, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
+                weights="optional",
             )  # fmt: skip
         return self._models[key]
 
@@ -332,8 +313,50 @@ class Forecast:
         return Outlook(
             spec=spec, model=read.model, hardware=hardware, space=space, refused=refused,
             model_notes=tuple(read.notes), machine_notes=(note,) if note else (), weights_here=read.folder is not None,
-            priced=replace(sampled, problem=problem), unchanged=unchanged,
+            priced=replace(sampled, problem=problem), unchanged=unchanged, learned=self._experience(spec, read.model, hardware),
         )  # fmt: skip
+
+    def run(self, spec: Spec, run_root: Path, *, fresh: bool = False) -> RunForecast:
+        """Return what a measured run of a spec would take, and what stands in its way; nothing is run.
+
+        Raises:
+            BadInput: the spec is not for this machine; LeanplanError: as `outlook`.
+        """
+        from planner.loop import Download, Settings
+        from planner.predicting import learned
+        from planner.store import Store
+
+        if spec.hardware != "local":
+            raise BadInput(
+                f"nothing would be run: {spec.hardware} is another machine", where="hardware",
+                hint="leanplan plan --predict prices the plans there in seconds",
+            )  # fmt: skip
+        missing = Download.of(
+            spec, Settings(run_root=run_root, store_root=self.store, offline=self.offline)
+        ).missing_bytes
+        outlook = self.outlook(spec)
+        model, hardware = outlook.model, outlook.hardware
+        calibration = learned(Store(self.store).records(hardware.fingerprint), model, spec.workload, hardware)
+        problem = replace(outlook.priced.problem, calibration=calibration)
+        there, some = room(spec, hardware.memory_limit_bytes, run_root), sample(problem)
+        fitting = there.fitting(some)
+        forecast = foresee(
+            spec,
+            fitting if fitting.plans else some,
+            outlook.learned,
+            probed=hardware.measured,
+            download_bytes=missing,
+            fresh=fresh,
+        )
+        return replace(forecast, obstacles=there.obstacles(spec, problem.price([outlook.space.unchanged()]), missing))
+
+    def _experience(self, spec: Spec, model: Model, hardware: Hardware) -> Experience:
+        from planner.store import Store
+
+        key = (hardware.fingerprint, spec.search.effort, model.digest, spec.workload)
+        if key not in self._learned:
+            self._learned[key] = experience(Store(self.store), hardware.fingerprint, spec, model.digest)
+        return self._learned[key]
 
     def _sample(self, spec: Spec, model: Model, hardware: Hardware) -> tuple[Space, tuple[Rejection, ...], Priced]:
         from planner.preparing import legal_plans
@@ -341,6 +364,7 @@ class Forecast:
 
         key = (
             model.digest, spec.workload, repr(hardware), spec.engines, spec.techniques, spec.calibration is not None,
+            spec.limits.memory_bytes, spec.search.effort,
         )  # fmt: skip
         if key not in self._samples:
             space, refused = legal_plans(spec, model, hardware, predict=spec.hardware != "local")

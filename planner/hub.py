@@ -45,10 +45,7 @@ def fetch(
         if not isinstance(there, str):
             wanted = [name for name in there if name in small_files or (name.endswith(".py") and "/" not in name)]
             if weights:
-                safe = [name for name in there if re.fullmatch(r"model[^/]*\.safetensors", name)]
-                wanted += safe or [
-                    name for name in there if allow_pickle and re.fullmatch(r"pytorch_model[^/]*\.(bin|json)", name)
-                ]
+                wanted += _weights(list(there), allow_pickle)
             return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, etag_timeout=TIMEOUT_S))
         failure = there
     try:
@@ -66,8 +63,43 @@ def fetch(
     )
 
 
-def _ask_hub(source: str, revision: str | None) -> list[str] | str:
-    """Return the names of a hub model's files, or why the hub cannot be asked. Takes at most TIMEOUT_S.
+def missing_bytes(source: str, revision: str | None, *, offline: bool, allow_pickle: bool) -> float:
+    """Return the bytes of a hub model's weights that are not in the cache yet; 0 where the hub cannot be asked."""
+    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return 0.0
+    there = _ask_hub(source, revision)
+    if isinstance(there, str):
+        return 0.0  # fetching says why
+    wanted = _weights(list(there), allow_pickle)
+    return max(0.0, sum(there[name] for name in wanted) - cached_bytes(source))
+
+
+def cached_bytes(source: str) -> float:
+    """Return the bytes of a hub model's files in the cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model"), "blobs")
+    return float(sum(path.lstat().st_size for path in blobs.glob("*")))
+
+
+def free_bytes() -> float:
+    """Return what is free where the cache is, or will be."""
+    import shutil
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = Path(HF_HUB_CACHE).absolute()
+    return float(shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free)
+
+
+def _weights(names: list[str], allow_pickle: bool) -> list[str]:
+    safe = [name for name in names if re.fullmatch(r"model[^/]*\.safetensors", name)]
+    return safe or [name for name in names if allow_pickle and re.fullmatch(r"pytorch_model[^/]*\.(bin|json)", name)]
+
+
+def _ask_hub(source: str, revision: str | None) -> dict[str, int] | str:
+    """Return the names of a hub model's files with their bytes (0: not told), or why the hub cannot be asked. Takes at most TIMEOUT_S.
 
     Raises:
         EnvironmentProblem: the model is gated or private; BadInput: the hub has no such model or revision.
@@ -81,9 +113,8 @@ def _ask_hub(source: str, revision: str | None) -> list[str] | str:
 
     def ask() -> None:
         try:
-            outcome.append(
-                [f.rfilename for f in HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S).siblings or ()]
-            )
+            found = HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
+            outcome.append({f.rfilename: f.size or 0 for f in found.siblings or ()})
         except Exception as error:  # every network library has its own; the kinds that matter are told apart below
             outcome.append(error)
 
@@ -92,7 +123,7 @@ def _ask_hub(source: str, revision: str | None) -> list[str] | str:
     asking.start()
     asking.join(TIMEOUT_S)
     answer = outcome[0] if outcome else TimeoutError()
-    if isinstance(answer, list):
+    if isinstance(answer, dict):
         return answer
     status = getattr(getattr(answer, "response", None), "status_code", None)
     if isinstance(answer, GatedRepoError) or status in (401, 403):

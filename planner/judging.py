@@ -59,7 +59,15 @@ def judge(
             verdicts.append(_of_figure(budget, limit, measurement.figures.get(budget.metric)))
         else:
             verdicts.append(_of_value(budget, limit, estimate.values.get(budget.metric) if estimate else None))
-    return tuple(_in_a_crowd(verdict, measurement) for verdict in verdicts)
+    return tuple(_in_a_crowd(_steady(verdict, measurement), measurement) for verdict in verdicts)
+
+
+def _steady(verdict: Verdict, measurement: Measurement | None) -> Verdict:
+    """Return a verdict; where a time limit was kept while the queue before the service grew, that nothing can be told."""
+    load = measurement.protocol.get("load", {}) if measurement else {}
+    if verdict.outcome != "met" or load.get("steady", True) or not timed(verdict.budget.metric):
+        return verdict
+    return replace(verdict, outcome="inconclusive", sentence=f"{verdict.sentence}, but arrivals outran the service")
 
 
 def timed(metric: str) -> bool:
@@ -132,11 +140,13 @@ def _of_value(budget: Budget, limit: float | None, value: Value | None) -> Verdi
             budget=budget, outcome="not judged", limit=limit or 0.0, value=value,
             sentence=f"{budget.label} cannot be predicted; only measuring tells",
         )  # fmt: skip
-    within = value.mid <= limit if budget.bound == "max" else value.mid >= limit
+    mid = value.p95 if budget.statistic in ("p95", "p99") and value.p95 is not None else value.mid  # p99: at least
+    within = mid <= limit if budget.bound == "max" else mid >= limit
     verdict = "met" if within else "not met"
+    low, high = (mid * end / value.mid if value.mid else end for end in (value.low, value.high))
     return Verdict(
         budget=budget, outcome=verdict, limit=limit, value=value,
-        sentence="predicted " + _sentence(budget, verdict, value.mid, value.low, value.high, limit),
+        sentence="predicted " + _sentence(budget, verdict, mid, low, high, limit),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from knowledge_base.errors import BadInput
+from knowledge_base.registry import require_standing
 from knowledge_base.serde import digest, plain, restore, write_json
 from knowledge_base.types import Figure, Plan, Workload
 
@@ -29,7 +30,7 @@ class Lock:
     workload: Workload
     figures: Mapping[str, Figure]
     baseline: Mapping[str, Figure] = field(default_factory=dict)
-    allocation: Mapping[str, int] | None = None
+    allocation: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -44,7 +45,7 @@ def read_lock(path: Path) -> Lock:
     """Return a lock file's content.
 
     Raises:
-        BadInput: it is missing, damaged, edited by hand, or of another schema.
+        BadInput: it is missing, damaged, edited by hand, of another schema, or of a plan that is no longer possible.
     """
     remake = "make it again: leanplan plan SPEC --lock, or restore it from version control"
     try:
@@ -59,6 +60,8 @@ def read_lock(path: Path) -> Lock:
     if digest(data) != content:
         raise BadInput("digest mismatch: the file was edited after it was written", where=str(path), hint=remake)
     try:
+        plan = restore(Plan, data["plan"])  # first: another version's settings explain whatever else is unlike today's
+        require_standing(plan.steps, where=str(path), hint=remake)
         return restore(Lock, data)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise BadInput(f"damaged lock file: {error}", where=str(path), hint=remake) from error

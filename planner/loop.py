@@ -11,30 +11,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knowledge_base import units
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem, Terminated
 from knowledge_base.metrics import find_metric
 from knowledge_base.serde import digest, plain
 from knowledge_base.types import Estimate, Measurement, Plan
 from planner import answering
+from planner.foreseeing import BUILD_SHARE, FINALIST_SHARE, FINALISTS, experience, foresee
 from planner.judging import judge
-from planner.preparing import Prepared, prepare
+from planner.predicting import infeasible, learned, predicted, prices, problem_of, search_plans, spec_facts, versions
+from planner.preparing import Prepared, in_part, memory_limit_bytes, model_source, prepare, told_in_part
 from planner.progress import Progress
 from planner.results import ParetoSet, PlanResult
+from planner.room import Room, room
 from planner.run_folder import RunFolder
+from planner.run_forecast import RunForecast, in_short
 from planner.store import Record, Store
 
 if TYPE_CHECKING:
+    from planner.observing import Observer
     from planner.spec import Spec
     from planner.validation import Validator
     from search.problem import Priced, Problem
 
-SHOWN_PREDICTED = 40  # results a predicted-only answer lists
-FINALISTS = 3
-OTHERS = 40  # measurements of other runs that calibration learns from: fitting takes time
-SEARCHES = 2  # before and after the first measurements have corrected the predictions; later rounds price the pool anew
 STOP_GRACE_S = 10.0
-BUILD_SHARE = 0.1  # of the time limit, that building one candidate may be predicted to take
-FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
+PROBED_S = 5.0  # preparing takes longer than this only where the machine was probed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,9 @@ def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
     Raises:
         LeanplanError: bad input, or the environment stands in the way. A failing candidate raises nothing.
     """
+    measured = spec.hardware == "local" and not settings.predict
+    began = time.monotonic()
+    download = Download.of(spec, settings) if measured else None
     prepared = prepare(
         spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
@@ -69,133 +73,47 @@ def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
         f"{prepared.model.name}: {prepared.model.params_total / 1e6:.1f} M parameters; engines {', '.join(prepared.space.options)}; "
         f"up to {prepared.space.count():,} plans{left_out}"
     )
-    if settings.predict or not prepared.local:
+    if download is None:
         return predicted(prepared)
-    return Run(prepared, settings, progress, started).go()
+    return Run(prepared, settings, progress, started, prepared_s=started - began, download=download).go()
 
 
-def predicted(prepared: Prepared) -> ParetoSet:
-    """Return the predicted Pareto set: nothing is run, and no time of day or duration is in it (promise P6)."""
-    spec = prepared.spec
-    problem = problem_of(prepared)
-    priced = search_plans(problem, spec)
-    results = _best_predicted(priced, spec)
-    best = answering.recommend(results, spec.objectives)
-    price = _prices(problem, [best.plan] if best else [])
-    results = [
-        replace(r, why=answering.reasons(r, results, price, spec.objectives) if r is best else ()) for r in results
-    ]
-    return ParetoSet(
-        run_id=f"predicted-{digest([plain(spec_facts(spec)), prepared.model.digest])[:8]}",
-        model=prepared.model, hardware=prepared.hardware, workload=spec.workload, budgets=spec.budgets,
-        objectives=spec.objectives, results=tuple(results), recommended_id=best.plan.id if best else None, measured=False,
-        rejected=answering.rejections(results, prepared.refused, _infeasible(priced)),
-        sentence=answering.sentence(best, results, spec.objectives, measured=False),
-        conflicts=() if best else answering.nearest(results, spec.budgets),
-        search={"solver": spec.search.solver, "seed": spec.search.seed, "legal_at_most": prepared.space.count(), "priced": len(priced.plans)},
-        provenance={"versions": versions()},
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """What fetching a model takes: the bytes that were missing, and how full the cache was before."""
 
+    source: str
+    missing_bytes: float = 0.0
+    cached_bytes: float = 0.0
 
-def problem_of(prepared: Prepared, *, baseline: Mapping[str, float] | None = None, calibration: Any = None) -> Problem:
-    """Return the search problem of a prepared spec, with what has been learned so far."""
-    from search.problem import Problem
+    @classmethod
+    def of(cls, spec: Spec, settings: Settings) -> Download:
+        """Look what a spec's model lacks here.
 
-    return Problem(
-        model=prepared.model, workload=prepared.spec.workload, hardware=prepared.hardware, space=prepared.space,
-        budgets=prepared.spec.budgets, objectives=prepared.spec.objectives, baseline=baseline or {}, calibration=calibration,
-    )  # fmt: skip
+        Raises:
+            EnvironmentProblem: there is no disk for it.
+        """
+        from planner import hub
 
-
-def search_plans(problem: Problem, spec: Spec, *, already_drawn: int = 0) -> Priced:
-    """Return priced plans. The seed moves on with what was measured, so that a resumed search does not repeat itself."""
-    import search
-
-    return search.solve(
-        problem, solver=spec.search.solver, effort=spec.search.effort, seed=spec.search.seed + already_drawn
-    )
-
-
-def spec_facts(spec: Spec) -> dict[str, Any]:
-    """Return what of a spec decides its results: all but where it and its texts lie, and how long one may search."""
-    facts = plain(spec)
-    for name in ("folder", "check", "quality"):
-        facts.pop(name, None)
-    facts["budgets"] = [{k: v for k, v in b.items() if k not in ("text", "line")} for b in facts["budgets"]]
-    if facts["calibration"]:
-        facts["calibration"].pop("data")
-    facts["search"] = {k: v for k, v in facts["search"].items() if k not in ("time_limit_s", "max_measured")}
-    return facts
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages figures depend on, without importing them."""
-    from importlib import metadata
-
-    found = {}
-    for name in (
-        "leanplan",
-        "torch",
-        "transformers",
-        "torchao",
-        "peft",
-        "xllamacpp",
-        "gguf",
-        "optuna",
-        "pulp",
-        "numpy",
-    ):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _best_predicted(priced: Priced, spec: Spec) -> list[PlanResult]:
-    """Return the unchanged model, the predicted front, and the plans next to the budgets, as results."""
-    import cost_models
-    from search.pareto import front
-
-    problem = priced.problem
-    fine = [i for i, v in enumerate(priced.violations()) if v <= 0]
-    pool = fine or sorted(range(len(priced.plans)), key=lambda i: priced.violations()[i])[:200]
-    costs = priced.costs()
-    chosen = [pool[k] for k in front(costs[pool])]
-    chosen = sorted(chosen, key=lambda i: tuple(costs[i]))[:SHOWN_PREDICTED]
-    unchanged = problem.space.unchanged()
-    plans = list(dict.fromkeys([unchanged, *(priced.plans[i] for i in chosen)]))
-    reference = priced.problem_baseline()
-    results = []
-    for plan in plans:
-        estimate = cost_models.estimate(plan, problem.model, problem.workload, problem.hardware, problem.calibration)
-        verdicts = judge(spec.budgets, baseline=reference, estimate=estimate)
-        results.append(PlanResult(plan=plan, estimate=estimate, verdicts=verdicts))
-    # A budget only measuring can tell must not keep a predicted plan from being recommended.
-    results = [replace(r, verdicts=tuple(v for v in r.verdicts if v.outcome != "not judged")) for r in results]
-    return answering.mark_front(results, problem.objective_metrics)
-
-
-def _prices(problem: Problem, plans: list[Plan]) -> dict[Plan, Estimate]:
-    prices: dict[Plan, Estimate] = {}
-    for plan in plans:
-        prices |= answering.price_with_and_without(
-            plan,
-            model=problem.model,
-            workload=problem.workload,
-            hardware=problem.hardware,
-            calibration=problem.calibration,
+        source = model_source(spec)
+        if Path(source).is_dir() or not hub.is_id(source):
+            return cls(source=source)
+        missing = hub.missing_bytes(
+            source, spec.model.revision, offline=settings.offline, allow_pickle=settings.allow_pickle
         )
-    return prices
+        if missing > (free := hub.free_bytes()):
+            raise EnvironmentProblem(
+                f"{source} is a download of {units.format(missing, 'bytes')}, {units.format(free, 'bytes')} of disk is free",
+                hint="free some disk, or point HF_HOME at a larger one", where="model",
+            )  # fmt: skip
+        return cls(source=source, missing_bytes=missing, cached_bytes=hub.cached_bytes(source))
 
+    @property
+    def fetched_bytes(self) -> float:
+        """What the cache grew by since."""
+        from planner import hub
 
-def _infeasible(priced: Priced) -> dict[str, int]:
-    """Return budget label -> how many priced plans are predicted to be beyond it."""
-    return {
-        b.label: int((column > 0).sum())
-        for b in priced.problem.budgets
-        if b.level == "error" and (column := priced.violation(b)) is not None
-    }
+        return max(0.0, hub.cached_bytes(self.source) - self.cached_bytes) if self.missing_bytes else 0.0
 
 
 @dataclass(slots=True)
@@ -217,8 +135,16 @@ class Progressing:
 class Run:
     """One measured run. State that matters is in the store and the run folder; this object can be lost at any time."""
 
-    def __init__(self, prepared: Prepared, settings: Settings, progress: Progress, started: float) -> None:
+    def __init__(
+        self, prepared: Prepared, settings: Settings, progress: Progress, started: float, *,
+        prepared_s: float = 0.0, download: Download | None = None,
+    ) -> None:  # fmt: skip
         self.prepared, self.settings, self.progress, self.started = prepared, settings, progress, started
+        self.prepared_s, self.download = prepared_s, download
+        self.forecast: RunForecast | None = None
+        self.observer: Observer | None = None
+        self.taken: dict[str, float] = {}  # seconds by stage of the forecast
+        self.measured_here = 0
         self.spec = prepared.spec
         self.store = Store(settings.store_root)
         self.known = Progressing()
@@ -229,7 +155,7 @@ class Run:
 
     # ------------------------------------------------------------ the stages
 
-    def go(self, only: tuple[Plan, Mapping[str, int] | None] | None = None) -> ParetoSet:
+    def go(self, only: tuple[Plan, Mapping[str, str] | None] | None = None) -> ParetoSet:
         """Run every stage and return the answer. Ctrl-C answers with what is known and raises KeyboardInterrupt.
 
         Args:
@@ -237,11 +163,17 @@ class Run:
         """
         from planner.data import prepare_data
         from planner.locks import RunLock
+        from planner.observing import Observer
         from planner.reading import check_complete, check_finite
         from planner.validation import Validator
 
         assert self.prepared.folder is not None
         self.store.require_writable()
+        if only is None:
+            with self._timed("search"):
+                self.forecast = self._foresee()
+            self.progress.line(in_short(self.forecast))
+        self._require_room()
         with self._timed("read"):
             check_complete(self.prepared.folder)
             check_finite(self.prepared.folder)
@@ -249,20 +181,12 @@ class Run:
         for note in self.data.notes:
             self.progress.line(note)
         self.folder = self._open_folder()
+        on_gpu = self.prepared.hardware.device.kind == "gpu"
+        self.observer = Observer((self.folder.path, self.store.folder), device=on_gpu)
         with RunLock(self.folder.path), Validator(self) as validator, self._polite_stop(validator):
             try:
-                self.progress.stage("unchanged model")
-                self._baseline(validator)
-                self.progress.stage("candidates")
-                if only is None:
-                    self._explore(validator)
-                    self._require_a_success()
-                else:
-                    validator.allocations[only[0]] = only[1]
-                    validator.protocol = replace(validator.protocol, blocks=self.spec.check.runs)
-                    self.known.before[only[0]] = self._estimate(only[0], None)
-                    self._measure(validator, only[0], "the locked plan")
-                self._finals(validator)
+                with self.observer:
+                    self._stages(validator, only)
             except BaseException as stop:
                 if not self._is_stop(stop):
                     raise
@@ -276,6 +200,20 @@ class Run:
             answer = self._answer(finished=True)
         return answer
 
+    def _stages(self, validator: Validator, only: tuple[Plan, Mapping[str, str] | None] | None) -> None:
+        self.progress.stage("unchanged model")
+        self._baseline(validator)
+        self.progress.stage("candidates")
+        if only is None:
+            self._explore(validator)
+            self._require_a_success()
+        else:
+            validator.allocations[only[0]] = only[1]
+            validator.protocol = replace(validator.protocol, blocks=self.spec.check.runs)
+            self.known.before[only[0]] = self._estimate(only[0], None)
+            self._measure(validator, only[0], "the locked plan")
+        self._finals(validator)
+
     def _open_folder(self) -> RunFolder:
         from planner.spec import as_yaml
 
@@ -283,6 +221,7 @@ class Run:
             [
                 spec_facts(self.spec),
                 self.prepared.model.digest,
+                *([draft.digest] if (draft := self.prepared.model.draft) else []),
                 self.prepared.hardware.fingerprint,
                 self.data.id,
                 versions(),
@@ -309,13 +248,27 @@ class Run:
 
     def _baseline(self, validator: Validator) -> None:
         plan = self.baseline = self.prepared.space.unchanged()
+        if plan.steps:
+            self.progress.line(told_in_part(self.prepared))
         self.known.before[plan] = self._estimate(plan, None)
         record = self._measure(validator, plan, "the model as it came")
-        if failure := record.measurement.failure:
+        failure = record.measurement.failure
+        if failure and failure.kind == "oom_host" and not plan.steps and self._compare_with_part():
+            del self.known.records[plan]
+            self._baseline(validator)
+        elif failure:
             raise EnvironmentProblem(
                 f"the model as it came does not run here ({failure.kind}: {failure.message}): relative budgets cannot be judged",
                 hint="leanplan plan --predict prices plans without running them; leanplan doctor shows what is wrong",
             )
+
+    def _compare_with_part(self) -> bool:
+        """Have the unchanged model run with some of it on disk, where memory holds more of it than it really takes."""
+        spec, space = self.spec, self.prepared.space
+        hardware = replace(self.prepared.hardware, memory_limit_bytes=memory_limit_bytes(spec, self.prepared.hardware))
+        reference = in_part(spec, space, self.prepared.model, hardware)
+        self.prepared = replace(self.prepared, space=replace(space, reference=reference))
+        return reference is not None
 
     def _explore(self, validator: Validator) -> None:
         from search.choose import choose
@@ -323,37 +276,40 @@ class Run:
 
         effort = EFFORTS[self.spec.search.effort]
         pool: dict[Plan, None] = {}
-        searches = 0
         while (left := self._measurements_left()) > 0 and self._time_for_another():
             with self._timed("search"):
                 problem = self._problem()
-                if searches < SEARCHES:
-                    pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
-                    searches += 1
-                priced = problem.price(list(pool))
+                pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
+                everything = problem.price(list(pool))
+                priced, short = self._with_room(everything)
                 failed = [p for p, r in self.known.records.items() if r.measurement.failure]
                 picks = choose(
                     priced, min(effort.batch, left), known=set(self.known.records), failed=failed,
                     longest_build_s=BUILD_SHARE * self.spec.search.time_limit_s,
                 )  # fmt: skip
-            self.infeasible = _infeasible(priced)
-            self.priced_plans = len(priced.plans)
+            self.infeasible = infeasible(everything) | short
+            self.priced_plans = len(everything.plans)
             if not picks:
-                self.progress.line("every plan worth measuring has been measured")
+                lacking = f"; others are beyond {', '.join(short)}" if short else ""
+                self.progress.line(f"every plan worth measuring has been measured{lacking}")
                 return
             for pick in picks:
                 if self._measurements_left() <= 0 or not self._time_for_another():
                     return
+                if self._with_room(problem.price([pick.plan]))[1]:
+                    break  # less is free than a moment ago: choose again among what fits
                 self.known.before[pick.plan] = self._estimate(pick.plan, problem.calibration)
                 self._measure(validator, pick.plan, pick.why)
 
     def _require_a_success(self) -> None:
         """Refuse an answer when every one of several candidates failed: the machine is at fault then, not the plans.
 
-        A collapse of quality is an honest result.
+        A collapse of quality is an honest result, and so is what a step refuses to do to this model, or that a plan does
+        not fit where the model as it came does not either.
         """
         failures = [r.measurement.failure for p, r in self.known.records.items() if p != self.baseline]
-        if len(failures) < 2 or any(f is None or f.kind == "quality_collapse" for f in failures):
+        honest = ("quality_collapse", "unsupported", *(("oom_host",) if self.baseline.steps else ()))
+        if len(failures) < 2 or any(f is None or f.kind in honest for f in failures):
             return
         groups = [r for r in answering.rejections(self._results(), (), {}) if r.kind == "failed"]
         raise EnvironmentProblem(
@@ -363,7 +319,9 @@ class Run:
         )
 
     def _finals(self, validator: Validator) -> None:
-        """Measure the best few again, in blocks interleaved with the unchanged model."""
+        """Measure the best few again, in blocks interleaved with the unchanged model; not where all were under load."""
+        if validator.load:
+            return
         results = [r for r in self._results() if not answering.failed(r)]
         best = answering.recommend(answering.mark_front(results, self.spec.objectives), self.spec.objectives)
         # What noise leaves undecided may still win: whatever is not surely beyond a budget takes part.
@@ -382,12 +340,13 @@ class Run:
         self.progress.stage("finalists")
         self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
         with self._timed("finals"):
-            for plan, (record, ratios) in validator.interleave(
-                baseline, chosen, self.known.records, self.time_left()
-            ).items():
+            again = validator.interleave(baseline, chosen, self.known.records, self.time_left())
+            for plan, (record, ratios) in again.items():
                 self._keep(record)
                 if plan != baseline:
                     self.known.finalists[plan] = ratios
+        if not again:
+            del self.seconds["finals"]  # teaches nothing of what they take
 
     # ------------------------------------------------------------ one plan
 
@@ -406,11 +365,29 @@ class Run:
             self.progress.trying(plan, why, self.known.before.get(plan))
             with self._timed("validate"):
                 record = validator.measure(plan)
+            self._note_taken(record)
         else:
             self.progress.trying(plan, "known from an earlier run", self.known.before.get(plan))
         self._keep(record)
         self._tell(record)
+        if self.forecast is not None:
+            self.progress.expect(*self._seconds_left())
         return record
+
+    def _note_taken(self, record: Record) -> None:
+        """Add what a measurement took to what the forecast will be compared with."""
+        measured = record.measurement
+        wall_s = float(measured.protocol["wall_s"])
+        build_s = measured.figures["build_s"].value if "build_s" in measured.figures else wall_s
+        first = measured.plan == self.baseline
+        for stage, seconds in (
+            (("unchanged", wall_s),) if first else (("build", build_s), ("measure", wall_s - build_s))
+        ):
+            self.taken[stage] = self.taken.get(stage, 0.0) + seconds
+        self.measured_here += 1
+        if self.observer is not None:
+            peak = measured.figures.get("peak_memory_bytes")
+            self.observer.saw_candidate(max(measured.protocol.get("build_peak_bytes", 0), peak.value if peak else 0))
 
     def _keep(self, record: Record) -> None:
         plan = record.measurement.plan
@@ -446,25 +423,68 @@ class Run:
 
         return cost_models.estimate(plan, self.prepared.model, self.spec.workload, self.prepared.hardware, calibration)
 
+    # ------------------------------------------------------------ what it takes
+
+    def _foresee(self) -> RunForecast:
+        from planner.forecast import sample
+
+        known = experience(self.store, self.prepared.hardware.fingerprint, self.spec, self.prepared.model.digest)
+        missing = self.download.missing_bytes if self.download else 0.0
+        some = sample(self._problem())
+        fitting = self._room().fitting(some)
+        return foresee(
+            self.spec, fitting if fitting.plans else some, known, probed=self.prepared_s < PROBED_S, download_bytes=missing,
+            fresh=self.settings.fresh,
+        )  # fmt: skip
+
+    def _room(self) -> Room:
+        return room(self.spec, self.prepared.hardware.memory_limit_bytes, self.settings.run_root)
+
+    def _require_room(self) -> None:
+        """Refuse a run that memory or disk cannot suffice for, before any work."""
+        problem = problem_of(self.prepared)
+        if told := self._room().obstacles(self.spec, problem.price([self.prepared.space.unchanged()])):
+            what, _, change = told[0].partition(": ")
+            raise EnvironmentProblem(what, hint=change, where="limits")
+
+    def _with_room(self, priced: Priced) -> tuple[Priced, dict[str, int]]:
+        """Return the plans there is memory and disk for now, and how many are beyond which."""
+        there = self._room()
+        return there.fitting(priced), {name: int(n.sum()) for name, n in there.beyond(priced).items() if n.any()}
+
+    def _seconds_left(self) -> tuple[float, int]:
+        """Return the seconds the rest is expected to take, by the forecast and what was seen since; and the plans left."""
+        assert self.forecast is not None
+        done = max(0, self.measured_here - 1)
+        seen_s = self.taken.get("build", 0.0) + self.taken.get("measure", 0.0)
+        each_s = (2 * self.forecast.each_s + seen_s) / (2 + done)
+        finals_s = self.forecast.stages_s["finals"].mid
+        for_candidates_s = self.time_left() - FINALIST_SHARE * self.spec.search.time_limit_s
+        count = max(0, min(self._measurements_left(), int(for_candidates_s / max(each_s, 1e-3))))
+        return max(0.0, min(self.time_left(), count * each_s + finals_s)), count
+
+    def _took(self) -> RunForecast | None:
+        """Return the forecast beside what the run took; None where there was none."""
+        if self.forecast is None or self.observer is None:
+            return None
+        stages = {"prepare": self.prepared_s + self.seconds.get("read", 0.0), **self.taken}
+        stages |= {name: self.seconds[name] for name in ("search", "finals") if name in self.seconds}
+        facts = {
+            "candidates": float(self.measured_here), "wall_s": self.prepared_s + time.monotonic() - self.started,
+            "peak_memory_bytes": float(self.observer.peak_memory_bytes), "disk_bytes": float(self.observer.peak_disk_bytes),
+            "peak_device_bytes": float(self.observer.peak_device_bytes),
+            "download_bytes": self.download.fetched_bytes if self.download else 0.0,
+        }  # fmt: skip
+        return self.forecast.with_facts(facts, stages)
+
     # ------------------------------------------------------------ what is known
 
     def _problem(self) -> Problem:
         """Return the problem with all that was learned on this machine, in this run and earlier ones."""
-        from cost_models import calibrate
-
+        prepared = self.prepared
         measured = [r.measurement for r in self.known.good().values()]
-        mine = {m.key for m in measured}
-        others = [
-            ([r.measurement], r.model, r.workload)
-            for r in self.store.records(self.prepared.hardware.fingerprint)
-            if r.measurement.failure is None and r.measurement.key not in mine
-        ]
-        calibration = None
-        if measured or others:
-            recent = others[-OTHERS:]
-            calibration = calibrate.fit(
-                measured, self.prepared.model, self.spec.workload, self.prepared.hardware, others=recent
-            )
+        records = self.store.records(prepared.hardware.fingerprint)
+        calibration = learned(records, prepared.model, self.spec.workload, prepared.hardware, measured)
         return problem_of(self.prepared, baseline=self._reference(), calibration=calibration)
 
     def _reference(self) -> dict[str, float]:
@@ -503,9 +523,17 @@ class Run:
         spent = sorted(r.measurement.protocol.get("wall_s", 0.0) for r in self.known.records.values())
         typical = spent[len(spent) // 2] if spent else 0.0
         reserve = FINALIST_SHARE * self.spec.search.time_limit_s
-        if self.time_left() - reserve > typical:
+        if self.time_left() - reserve <= typical:
+            self.progress.line("the time limit leaves no room for another candidate")
+            return False
+        if self.forecast is None:
             return True
-        self.progress.line("the time limit leaves no room for another candidate")
+        over = self.prepared_s + time.monotonic() - self.started + typical + self.forecast.stages_s["finals"].mid
+        if over <= self.forecast.amounts["wall_s"].high:
+            return True
+        self.progress.line(
+            "another candidate would take the run beyond what was forecast; the same command goes on from here"
+        )
         return False
 
     @contextlib.contextmanager
@@ -553,10 +581,13 @@ class Run:
         spec = self.spec
         results = answering.mark_front(self._results(), spec.objectives)
         best = answering.recommend(results, spec.objectives)
-        problem = self._problem()
-        price = _prices(problem, [r.plan for r in results if r.on_front])
+        with self._timed("search"):
+            problem = self._problem()
+        price = prices(problem, [r.plan for r in results if r.on_front])
         results = [replace(r, why=answering.reasons(r, results, price, spec.objectives)) for r in results]
         warnings = sorted({w for m in self.known.measurements() for w in m.warnings})
+        if self.baseline.steps:
+            warnings.insert(0, told_in_part(self.prepared))
         answer = ParetoSet(
             run_id=self.folder.path.name, model=self.prepared.model, hardware=self.prepared.hardware, workload=spec.workload,
             budgets=spec.budgets, objectives=spec.objectives, results=tuple(results), recommended_id=best.plan.id if best else None,
@@ -573,9 +604,11 @@ class Run:
                 "seconds": {k: round(v, 3) for k, v in self.seconds.items()}, "wall_s": round(time.monotonic() - self.started, 3),
             },
             provenance={"versions": versions(), "data": self.data.id, "spec": spec_facts(spec), "warnings": warnings},
-            folder=str(self.folder.path),
+            forecast=self._took(), folder=str(self.folder.path),
         )  # fmt: skip
         if finished:
+            if answer.forecast:
+                self.store.put_forecast(answer.run_id, self.prepared.hardware.fingerprint, answer.forecast)
             write_study(self.folder.path / "study.db", answer)
             answer.save(self.folder.path)
             self.folder.event("finished", recommended=answer.recommended_id)

@@ -13,6 +13,7 @@ from knowledge_base.errors import BadInput, EnvironmentProblem
 from knowledge_base.registry import Folder
 from knowledge_base.serde import digest, plain, restore, write_json
 from knowledge_base.types import Device, Hardware
+from planner import machine_file
 
 probes = Folder("planner.probes", "probe", ("PROBE", "find"))
 
@@ -42,25 +43,36 @@ class Profile:
 
 
 def find(name: str, store: Path, *, tell: Callable[[str], None] = lambda text: None) -> Hardware:
-    """Return a machine: "local" is this one, a path to a .json file is a saved profile, all else the catalogue's.
+    """Return a machine: "local" is this one, a .json or .yaml file describes one, all else is the catalogue's.
 
     Raises:
-        BadInput: no such machine, or the file is not a profile; EnvironmentProblem: this machine cannot be measured.
+        BadInput: no such machine, or the file describes none; EnvironmentProblem: this machine cannot be measured.
     """
     if name == "local":
         return probe(store, tell=tell)
-    if name.endswith(".json"):
-        found = read_profile(Path(name))
-        if found is None:
-            raise BadInput(
-                "not a machine profile of this version",
-                hint="make one: leanplan probe --json > machine.json",
-                where=name,
-            )
-        return found.hardware
+    if name.lower().endswith(machine_file.SUFFIXES):
+        return from_file(Path(name))
     from cost_models.catalogue import find_machine
 
     return find_machine(name)
+
+
+def from_file(path: Path) -> Hardware:
+    """Return the machine of a file: a profile that `leanplan probe --json` wrote, or what a person wrote by hand.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if (profile := read_profile(path)) is not None:
+        return profile.hardware
+    node = machine_file.read(path)
+    if machine_file.is_profile(node):
+        raise BadInput(
+            "not a machine profile of this version",
+            hint="make one: leanplan probe --json > machine.json",
+            where=str(path),
+        )
+    return machine_file.machine_of(node)
 
 
 def probe(store: Path, *, refresh: bool = False, tell: Callable[[str], None] = lambda text: None) -> Hardware:
@@ -77,13 +89,16 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
     Raises:
         EnvironmentProblem: memory bandwidth or matrix products cannot be measured here; nothing is kept then.
     """
+    from planner.calibrating.keeping import laid_on
+
     light = {name: probes.get(name).find() for name in LIGHT}
     mark = fingerprint(light)
     path = Path(store) / "machines" / f"{mark}.json"
     known = None if refresh else read_profile(path)
     if known is not None and not _worth_repeating(known.facts["noise"]["busy_ratio"]):
         facts = {**known.facts, **light}
-        return replace(known, facts=facts, hardware=_hardware(facts, mark, known.taken_at))
+        hardware = laid_on(_hardware(facts, mark, known.taken_at), store, tell=tell)
+        return replace(known, facts=facts, hardware=hardware)
     facts = {**light, "noise": probes.get("noise").find()}  # before our own measurements add to it
     for name in probes.names():
         if name not in facts:
@@ -92,7 +107,12 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
     taken_at = time.strftime("%Y-%m-%d %H:%M:%S")
     found = Profile(hardware=_hardware(facts, mark, taken_at), facts=facts, taken_at=taken_at)
     write_json(path, {"schema": SCHEMA, **plain(found)})
-    return found
+    return replace(found, hardware=laid_on(found.hardware, store, tell=tell))
+
+
+def this_fingerprint() -> str:
+    """Return this machine's fingerprint; nothing is measured."""
+    return fingerprint({name: probes.get(name).find() for name in LIGHT})
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
@@ -157,6 +177,8 @@ def _hardware(facts: Mapping[str, Any], mark: str, taken_at: str) -> Hardware:
         devices=(processor, *gpus),
         host_memory_bytes=memory["host_bytes"],
         memory_limit_bytes=memory["limit_bytes"],
+        disk_bytes_per_s=facts["disk"].get("read_bytes_per_s"),  # absent from profiles of earlier versions
+        host_link_bytes_per_s=next((gpu.get("host_link_bytes_per_s") for gpu in facts["accelerators"]["gpus"]), None),
         energy_counters=tuple(facts["energy_counters"]["kinds"]),
         fingerprint=mark,
         measured=True,

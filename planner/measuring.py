@@ -215,7 +215,7 @@ def screen(
     dropped, settled = warm_up_length(samples.latency_s)
     steady = samples.dropped(dropped)
     other = plain_statistics.fmean(samples.other_cores)
-    figures = _timed_figures(steady, protocol) | _memory_figures(job, memory, serving_peak)
+    figures = _timed_figures(steady, job, protocol) | _memory_figures(job, memory, serving_peak)
     figures |= _energy_figures(steady, protocol, hardware, counters, job)
     record = {
         **asdict(protocol), "dropped": dropped, "settled": settled, "counted": len(steady.latency_s), "cold_s": cold_s,
@@ -325,12 +325,13 @@ def _believe(job: Job, samples: Samples) -> None:
         )  # fmt: skip
 
 
-def _timed_figures(samples: Samples, protocol: Protocol) -> dict[str, Figure]:
-    return {
+def _timed_figures(samples: Samples, job: Job, protocol: Protocol) -> dict[str, Figure]:
+    found = {
         name: median_figure(values, confidence=protocol.confidence)
         for name in TIMED
         if (values := getattr(samples, name))
     }
+    return found | {"requests_per_s": energy.scaled(found["throughput_tokens_per_s"], 1 / job.new_tokens)}
 
 
 def _memory(job: Job) -> dict[str, int]:
@@ -437,7 +438,7 @@ def _interleaved(
     samples = Samples()
     for block in blocks:
         samples.extend(block)
-    figures = _timed_figures(samples, protocol) | _energy_figures(samples, protocol, hardware, counters, job)
+    figures = _timed_figures(samples, job, protocol) | _energy_figures(samples, protocol, hardware, counters, job)
     ours, theirs = medians[name], medians[baseline]
     ratios = {}
     if name != baseline:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knowledge_base import units
 from knowledge_base.errors import BadInput, EnvironmentProblem
 from knowledge_base.metrics import METRICS
 from knowledge_base.registry import engines
-from knowledge_base.types import Hardware, Model
+from knowledge_base.types import Hardware, Model, Plan
+from planner.foreseeing import scoring_bytes
 from planner.results import Rejection
 
 if TYPE_CHECKING:
-    from planner.spec import Spec
+    from planner.reading import ReadResult
+    from planner.spec import ModelRef, Spec
     from search.space import Space
 
 
@@ -51,22 +54,21 @@ def prepare(
     Raises:
         BadInput: model, data or workload cannot be used; EnvironmentProblem: no engine can run here.
     """
+    from planner.load.candidates import driven, require
     from planner.machine import find
-    from planner.reading import read_model
 
-    if spec.workload.requests_per_s is not None:
-        raise BadInput(
-            "arrival rates are not planned for yet: requests are served back to back",
-            hint="give workload.concurrency instead of workload.arrival_rate",
-            where="workload.arrival_rate",
-        )
     only_predict = predict or spec.hardware != "local"
+    if spec.workload.trace and not spec.workload.trace.digest:
+        from planner.spec import missing_trace
+
+        raise missing_trace(spec.workload.trace)
+    if not only_predict and driven(spec.workload, spec.budgets):
+        require(spec)
     other = None if spec.hardware == "local" else find(spec.hardware, store)
     if not only_predict:
         _require_measurable(spec)
-    read = read_model(
-        model_source(spec),
-        revision=spec.model.revision,
+    read = read_models(
+        spec,
         offline=offline,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
@@ -90,11 +92,12 @@ def prepare(
 
 def check_lengths(spec: Spec, model: Model) -> None:
     """Refuse a workload that is longer than the model's context."""
-    output = spec.workload.output_tokens
-    prompt = spec.workload.prompt_tokens_p95 or spec.workload.prompt_tokens
-    if prompt + output > model.max_context_tokens:
+    longest = spec.workload.longest_tokens
+    if longest > model.max_context_tokens:
+        output = spec.workload.output_tokens_p95 or spec.workload.output_tokens
+        told = f"{spec.workload.turns} turns" if spec.workload.turns > 1 else f"prompt {longest - output}"
         raise BadInput(
-            f"prompt {prompt} + output {output} tokens > context {model.max_context_tokens} of {model.name}",
+            f"{told} + output {output} tokens > context {model.max_context_tokens} of {model.name}",
             hint="shorten workload.prompt_tokens or workload.output_tokens",
             where="workload",
         )
@@ -106,6 +109,7 @@ def legal_plans(spec: Spec, model: Model, hardware: Hardware, *, predict: bool) 
     Raises:
         EnvironmentProblem: no engine can serve the model here.
     """
+    from search.fitting import with_fitted
     from search.space import build_space
 
     names, refused = _engines(spec, hardware, predict=predict)
@@ -118,6 +122,7 @@ def legal_plans(spec: Spec, model: Model, hardware: Hardware, *, predict: bool) 
         without=spec.techniques.without or (),
         calibration=spec.calibration is not None,
         executable=not predict,
+        max_steps=spec.search.max_steps,
     )
     if not space.options:
         raise EnvironmentProblem(
@@ -127,7 +132,50 @@ def legal_plans(spec: Spec, model: Model, hardware: Hardware, *, predict: bool) 
         )
     if spec.hardware == "local":
         refused += _without_gpu(hardware)
+        hardware = replace(hardware, memory_limit_bytes=memory_limit_bytes(spec, hardware))
+    space = with_fitted(space, model, spec.workload, hardware, spec.budgets)
+    if spec.hardware == "local" and not predict and _needed_bytes(space, model, spec, hardware) > _room_bytes(hardware):
+        space = replace(space, reference=in_part(spec, space, model, hardware))
     return space, (*refused, *(Rejection(what=r.what, why=r.why, kind=r.kind) for r in space.refused))
+
+
+def memory_limit_bytes(spec: Spec, hardware: Hardware) -> int:
+    """Return the memory a candidate may use: the machine's, or the spec's limit where that is lower."""
+    return min(spec.limits.memory_bytes or hardware.memory_limit_bytes, hardware.memory_limit_bytes)
+
+
+def in_part(spec: Spec, space: Space, model: Model, hardware: Hardware) -> Plan | None:
+    """Return the unchanged model with as much of it in memory as there surely is room for, and for comparing its answers.
+
+    None where no engine in use brings weights in from elsewhere, or even that is too much.
+    """
+    from search.placing import as_it_fits
+
+    beside = 0 if hardware.device.kind == "gpu" else scoring_bytes(spec, model)
+    return as_it_fits(space, model, spec.workload, hardware, _room_bytes(hardware) - beside)
+
+
+def _needed_bytes(space: Space, model: Model, spec: Spec, hardware: Hardware) -> float:
+    import cost_models
+
+    whole = space.unchanged(next(iter(space.options)))
+    return float(cost_models.estimate_many([whole], model, spec.workload, hardware)["peak_memory_bytes"].mid[0])
+
+
+def _room_bytes(hardware: Hardware) -> int:
+    device = hardware.device
+    return device.memory_bytes if device.kind == "gpu" else hardware.memory_limit_bytes
+
+
+def told_in_part(prepared: Prepared) -> str:
+    """Return that the unchanged model does not run in memory, and how it is measured instead, as a sentence."""
+    step = prepared.space.unchanged().steps[0]
+    hardware = replace(prepared.hardware, memory_limit_bytes=memory_limit_bytes(prepared.spec, prepared.hardware))
+    needed = _needed_bytes(prepared.space, prepared.model, prepared.spec, hardware)
+    return (
+        f"the unchanged model needs {units.format(needed, 'bytes')} of memory, {units.format(_room_bytes(hardware), 'bytes')} "
+        f"is allowed: it runs as {step}, with the same answers, and every plan is compared with that"
+    )
 
 
 def _require_measurable(spec: Spec) -> None:
@@ -171,12 +219,28 @@ def with_prices(hardware: Hardware, spec: Spec) -> Hardware:
     )
 
 
+def read_models(
+    spec: Spec, *, offline: bool, trust_remote_code: str | None, allow_pickle: bool, weights: str
+) -> ReadResult:
+    """Return the facts of a spec's model, with its draft; see `planner.reading.read_model`."""
+    from planner.reading import read_model
+
+    draft = spec.draft
+    return read_model(
+        model_source(spec), revision=spec.model.revision, offline=offline, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, weights=weights, draft=_found(spec, draft) if draft else None,
+        draft_revision=draft.revision if draft else None,
+    )  # fmt: skip
+
+
 def model_source(spec: Spec) -> str:
     """Return the model's folder where there is one beside the spec or here, else the hub id as written."""
-    for folder in (Path(spec.folder) / spec.model.source, Path(spec.model.source)):
-        if folder.is_dir():
-            return str(folder)
-    return spec.model.source
+    return _found(spec, spec.model)
+
+
+def _found(spec: Spec, ref: ModelRef) -> str:
+    places = (Path(spec.folder) / ref.source, Path(ref.source))
+    return next((str(folder) for folder in places if folder.is_dir()), ref.source)
 
 
 def _engines(spec: Spec, hardware: Hardware, *, predict: bool) -> tuple[tuple[str, ...], tuple[Rejection, ...]]:

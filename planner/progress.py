@@ -65,6 +65,9 @@ class Progress:
         """The last of the results has just been measured; `figures` says it in a line."""
         self.line(f"           {figures}")
 
+    def expect(self, seconds: float, plans: int) -> None:
+        """The rest is expected to take this long, with this many plans more."""
+
     def done(self) -> None:
         """Erase what is not to stay."""
         self._erase()
@@ -103,6 +106,7 @@ class LiveProgress(Progress):
         self.stages: list[str] = []
         self.hand: tuple[Plan, str, Estimate | None] | None = None
         self.doing = ""
+        self.expected: tuple[float, int] | None = None  # when the run is expected to end, and plans left
         self.limited_from = self.start  # the time limit is not for what comes before the first stage
         self._display: Any = None
 
@@ -142,6 +146,9 @@ class LiveProgress(Progress):
         self.results, self.hand, self.doing = results, None, ""
         if self._display is None:
             super().measured(results, figures)
+
+    def expect(self, seconds: float, plans: int) -> None:
+        self.expected = time.monotonic() + seconds, plans
 
     def done(self) -> None:
         """Take the drawing away; the lines above it stay."""
@@ -184,9 +191,13 @@ class LiveProgress(Progress):
         width = 24
         full = min(width, int(width * spent / search.time_limit_s))
         left = max(0.0, search.time_limit_s - spent)
+        likely, most = "", search.max_measured
+        if self.expected is not None:
+            likely = f"about {_minutes(max(0.0, self.expected[0] - time.monotonic()))} left, "
+            most = min(most, len(self.results) + self.expected[1])
         return self._text(
-            f"{'━' * full}{'╸' if full < width else ''}{' ' * (width - full - 1)}  {_minutes(spent)}, at most "
-            f"{_minutes(left)} left; {len(self.results)} of at most {search.max_measured} plans measured",
+            f"{'━' * full}{'╸' if full < width else ''}{' ' * (width - full - 1)}  {_minutes(spent)}, {likely}at most "
+            f"{_minutes(left)} left; {len(self.results)} of at most {most} plans measured",
             "cyan", lines=1,
         )  # fmt: skip
 

@@ -18,22 +18,29 @@ from typing import Any
 from knowledge_base.errors import BadInput
 from knowledge_base.serde import digest
 from knowledge_base.types import Model
-from planner import hub
+from planner import hub, quantised
 from planner._safetensors_header import DTYPE_BITS, Stored, non_finite, read_header
 from planner.architectures import FAMILIES, Family, count, is_buffer, part_of
 from planner.config_facts import (
     LONGEST_CONFIG_BYTES,
     Facts,
+    asks_windows,
     check_bounds,
+    check_nested,
+    decoder_config,
     facts_of,
-    lacks_sizes,
     read_config,
     read_json,
+    require_sizes,
     text_config,
 )
+from planner.describing import Description
+from planner.quantised import Quantised
 
 LONGEST_TOKENIZER_BYTES = 256 * 2**20
 WHOLE_DIGEST_BYTES = 256 * 2**20  # larger weight files are sampled
+
+MOST_PARAMS = 10**14  # fifty times the largest published model
 
 _TRUST = re.compile(r"(.+)@([0-9a-f]{40})")
 
@@ -68,8 +75,10 @@ def read_model(
     trust_remote_code: str | None = None,
     allow_pickle: bool = False,
     weights: str = "required",
+    draft: str | None = None,
+    draft_revision: str | None = None,
 ) -> ReadResult:
-    """Return the facts of a causal language model.
+    """Return the facts of a language model: causal, and for predictions also encoders and encoder-decoders.
 
     Args:
         source: a folder, a config.json file (with weights="optional"), or a hub id "org/name".
@@ -79,20 +88,35 @@ def read_model(
             are the first 40 of its content digest, which the refusal prints.
         allow_pickle: accept .bin weights where there are no safetensors; sizes then come from config.json.
         weights: "required", or "optional": config.json alone will do, for predictions.
+        draft: a smaller model that guesses its tokens, as `source`; None: the one beside it, if there is one.
+        draft_revision: as `revision`.
 
     Raises:
-        BadInput: not a model, a damaged or hostile file, config and weights that disagree, code of its own.
+        BadInput: not a model, a damaged or hostile file, config and weights that disagree, code of its own, a draft that
+            is none for this model.
         EnvironmentProblem: the hub cannot be reached or does not let us in.
     """
+    from planner.drafts import with_draft
+
+    read = _read(str(source), revision, offline, trust_remote_code, allow_pickle, weights)
+    return with_draft(read, draft, lambda other: _read(other, draft_revision, offline, None, False, weights))
+
+
+def _read(
+    source: str, revision: str | None, offline: bool, trust_remote_code: str | None, allow_pickle: bool, weights: str
+) -> ReadResult:
+    """Return the facts of a model, its draft left out; see `read_model`."""
     notes: list[str] = []
-    folder, config_file, name, commit = _locate(str(source), revision, offline, weights, allow_pickle, notes)
+    folder, config_file, name, commit = _locate(source, revision, offline, weights, allow_pickle, notes)
     config = read_config(config_file)
     files = _files(folder, config_file)
     content = _content_digest(files, config_file)
     _refuse_foreign_code(
-        config, folder, files, _trusted(trust_remote_code, str(source), name, commit, content), name, content
-    )
-    _refuse_unstartable(config, config_file)
+        config, folder, files, _trusted(trust_remote_code, source, name, commit, content), name, content,
+        notes if weights == "optional" else None,
+    )  # fmt: skip
+    if weights == "required":
+        _refuse_unstartable(config, config_file)
     tensors = _tensors(folder)
     pickled = sorted(p for p in folder.glob("*.bin") if p.name.startswith(("pytorch_model", "model")))
     if tensors is None and pickled and not allow_pickle:
@@ -110,38 +134,53 @@ def read_model(
             where=str(folder),
         )
     language = text_config(config)
-    nested = language.get("model_type") != config["model_type"]
-    family = FAMILIES.get(str(language.get("model_type")))
-    if family is None or nested:
-        _refuse_unknown(str(config["model_type"]), config_file)
+    family = _family(config)
+    if family is None:
+        _refuse_unknown(str(config["model_type"]), config_file, tensors, causal=weights == "required")
     check_bounds(language, where=str(config_file))
+    check_nested(config, where=str(config_file))
+    _refuse_shared_layers(language, config_file)
+    packed = quantised.read(config, language, config_file)
     described = None
-    if lacks_sizes(language, family) or (tensors is None and (family is None or nested)):
+    if family is not None:
+        require_sizes(language, family, {}, where=str(config_file))
+    if family is None or asks_windows(language, family):
         described = _describe(config_file, folder, weights=False)
+        if language.get("model_type") == config["model_type"]:
+            require_sizes(language, None, described.config, where=str(config_file))
         language = text_config(described.config)
-        notes.append("sizes that config.json leaves out were asked of transformers")
-    facts = facts_of(language, family, notes, where=str(config_file))
-    if tensors is not None:
-        if family is not None and not nested:
+        if described.kind == "encoder_decoder":
+            language = decoder_config(described.config, described.layers)
+        notes.append("what config.json leaves open was asked of transformers, which built the model without weights")
+    facts = facts_of(language, family, notes, where=str(config_file), description=described)
+    shapes, tied = _shapes(described, config, language, family, facts, config_file)
+    if tensors is not None and packed is None:
+        if family is not None:
             _agree(language, family, facts, {n: t.shape for n, t in tensors.items()}, config_file, folder)
-        tied, counts, weight_dtype, weight_bytes = _from_tensors(tensors, config, language, family, facts)
+        tied, counts, weight_dtype, weight_bytes = _from_tensors(tensors, config, language, family, facts, described)
     else:
-        if described is not None:
-            tied, shapes = described.tied, {n: tuple(s) for n, s in described.parameters.items()}
-        else:
-            assert family is not None
-            tied, shapes = (
-                _tied(config, language, family, has_head=None),
-                _expected(family, facts, language, config_file),
-            )
-        counts = count(shapes, facts.sizes, tied=tied)
-        weight_dtype = _configured_dtype(config, language, config_file)
+        counts = count(shapes, facts.sizes, tied=tied, **_names(described))
+        weight_dtype = _configured_dtype(config, language, config_file, packed, notes)
         weight_bytes = counts["params_total"] * DTYPE_BITS[_FORMATS[weight_dtype]] // 8
+    if counts["params_total"] > MOST_PARAMS:
+        raise BadInput(
+            f"config.json: its sizes make {counts['params_total']:.3g} parameters, more than {MOST_PARAMS:.3g}",
+            hint="mend config.json: one of its sizes is wrong", where=str(config_file),
+        )  # fmt: skip
+    if not counts["linear_params"]:
+        raise BadInput(
+            f"config.json: `{config['model_type']}` has {counts['params_total']} parameters, but none in repeated layers",
+            hint="what a layer reads and computes cannot be told, so neither can its speed", where=str(config_file),
+        )  # fmt: skip
+    quantised_bytes = 0
+    if packed is not None:
+        size = DTYPE_BITS[_FORMATS[weight_dtype]] / 8
+        quantised_bytes, weight_bytes = _packed_bytes(packed, shapes, counts, facts, size, tensors, notes)
     _check_tokenizer(folder, facts.sizes.vocab_size, counts["vocabulary_rows"], weights, notes)
     sizes = facts.sizes
     model = Model(
         name=name,
-        source=str(source),
+        source=source,
         revision=commit or revision,
         digest=content,
         architecture=str(config["model_type"]),
@@ -162,12 +201,85 @@ def read_model(
         experts=sizes.experts,
         experts_active=sizes.experts_active,
         sliding_window_tokens=facts.window,
+        window_share=facts.window_share,
         attention_layers=facts.attention_layers,
-        state_bytes=facts.state_values * {"float32": 4, "float64": 8}.get(weight_dtype, 2),
+        kv_values_per_layer=facts.kv_values_per_layer,
+        state_bytes=_state_bytes(described, facts, weight_dtype),
         weight_dtype=weight_dtype,
         weight_bytes=weight_bytes,
+        kind=described.kind if described else "decoder",
+        encoder_layers=described.encoder_layers if described else 0,
+        encoder_params=counts["encoder_params"],
+        quantised_format=packed.format if packed else "",
+        quantised_bytes=quantised_bytes,
     )
     return ReadResult(model=model, folder=folder if tensors is not None or pickled else None, notes=tuple(notes))
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    """Return the family whose table tells this model's tensors: its language model is all there is, and has a head."""
+    if text_config(config).get("model_type") != config["model_type"]:
+        return None
+    named = config.get("architectures")
+    heads = ("ForCausalLM", "LMHeadModel")
+    if isinstance(named, list) and named and not any(str(name).endswith(heads) for name in named):
+        return None
+    return FAMILIES.get(str(config["model_type"]))
+
+
+def _shapes(
+    described: Description | None,
+    config: Mapping[str, Any],
+    language: Mapping[str, Any],
+    family: Family | None,
+    facts: Facts,
+    config_file: Path,
+) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Return the shapes config.json makes and whether head and table are one."""
+    if described is not None:
+        return {name: tuple(shape) for name, shape in described.parameters.items()}, described.tied
+    assert family is not None
+    return _expected(family, facts, language, config_file), _tied(config, language, family, has_head=None)
+
+
+def _names(described: Description | None) -> dict[str, Any]:
+    if described is None:
+        return {}
+    return {"embedding": described.embedding, "head": described.head, "encoder": described.encoder}
+
+
+def _state_bytes(described: Description | None, facts: Facts, weight_dtype: str) -> int:
+    if described is not None and described.cache is not None:
+        return described.cache.state_bytes
+    narrow = facts.state_values - facts.wide_state_values
+    return narrow * {"float32": 4, "float64": 8}.get(weight_dtype, 2) + 4 * facts.wide_state_values
+
+
+def _packed_bytes(
+    packed: Quantised,
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, int],
+    facts: Facts,
+    size: float,
+    tensors: Mapping[str, Stored] | None,
+    notes: list[str],
+) -> tuple[int, int]:
+    """Return the bytes of the layers' matrices and of all weights of a checkpoint that comes quantised."""
+    layers, left = packed.bytes_of(shapes, experts=facts.sizes.experts, size=size)
+    others = (counts["params_total"] - counts["linear_params"]) * size
+    told = f"{packed.bits:.4g} bits a weight"
+    if tensors is not None:
+        whole = sum(t.bytes for name, t in tensors.items() if not is_buffer(name))
+        layers, told = whole - others, "their bytes are those of the weight files"
+        if layers <= 0:
+            raise BadInput(
+                f"config.json: {counts['params_total'] - counts['linear_params']} parameters are not quantised, but the "
+                f"weight files hold {whole} bytes in all", hint="config.json and weights must be of the same model",
+                where="quantization_config",
+            )  # fmt: skip
+    kept = f", {left / counts['linear_params']:.1%} of them left as they were" if left else ""
+    notes.append(f"the layers' matrices come quantised ({packed.method}, {packed.format}): {told}{kept}")
+    return round(layers), round(layers + others)
 
 
 def _from_tensors(
@@ -176,6 +288,7 @@ def _from_tensors(
     language: Mapping[str, Any],
     family: Family | None,
     facts: Facts,
+    described: Description | None,
 ) -> tuple[bool, dict[str, int], str, int]:
     """Return (tied, counts, most common dtype, bytes) of stored weights; buffers and a tied head's copy left out."""
     shapes = {name: tensor.shape for name, tensor in tensors.items() if not is_buffer(name)}
@@ -186,11 +299,19 @@ def _from_tensors(
     for tensor in kept:
         dtypes[tensor.dtype] += tensor.size
     common = dtypes.most_common(1)[0][0]
-    return tied, count(shapes, facts.sizes, tied=tied), _DTYPES.get(common, common.lower()), sum(t.bytes for t in kept)
+    encoder = described.encoder if described else ()
+    counts = count(shapes, facts.sizes, tied=tied, encoder=encoder)
+    return tied, counts, _DTYPES.get(common, common.lower()), sum(t.bytes for t in kept)
 
 
-def _configured_dtype(config: Mapping[str, Any], language: Mapping[str, Any], where: Path) -> str:
-    found = next((c[key] for c in (language, config) for key in ("dtype", "torch_dtype") if c.get(key)), "float32")
+def _configured_dtype(
+    config: Mapping[str, Any], language: Mapping[str, Any], where: Path, packed: Quantised | None, notes: list[str]
+) -> str:
+    found = next((c[key] for c in (language, config) for key in ("dtype", "torch_dtype") if c.get(key)), None)
+    if found is None and packed is not None:  # what else quantised checkpoints keep; the others' default is float32
+        notes.append("config.json states no dtype; bfloat16 is taken for what is not quantised")
+        found = "bfloat16"
+    found = found or "float32"
     name = str(found).removeprefix("torch.")
     if name not in _FORMATS:
         raise BadInput(
@@ -213,9 +334,9 @@ def check_complete(folder: Path) -> None:
     tensors = _tensors(folder)
     if tensors is None:
         return  # .bin weights: the candidate's loader compares them
-    family = FAMILIES.get(config["model_type"])
+    family = _family(config)
     check_bounds(text_config(config), where=str(config_file))
-    if family is None or lacks_sizes(config, family):
+    if family is None or asks_windows(config, family):
         described = _describe(config_file, folder, weights=True)
         _refuse_disagreement(described.missing, described.unexpected, described.mismatched, folder)
     else:
@@ -401,8 +522,18 @@ def _trusted(trust: str | None, source: str, name: str, commit: str | None, cont
 
 
 def _refuse_foreign_code(
-    config: Mapping[str, Any], folder: Path, files: list[Path], trusted: bool, name: str, content: str
+    config: Mapping[str, Any],
+    folder: Path,
+    files: list[Path],
+    trusted: bool,
+    name: str,
+    content: str,
+    notes: list[str] | None,
 ) -> None:
+    """Refuse a model with code of its own; with `notes`, only where nothing but that code knows the model.
+
+    A prediction runs no code, so where transformers knows the architecture itself it is enough to say so.
+    """
     if trusted:
         return
     keys = [key for key in ("auto_map", "model_file") if config.get(key) or text_config(config).get(key)]
@@ -414,6 +545,13 @@ def _refuse_foreign_code(
     version = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else content[:40]
     kind = str(config.get("model_type"))
     known = kind in FAMILIES or kind in _known_architectures()
+    if known and notes is not None:
+        notes.append(
+            f"the model brings code of its own ({', '.join(keys)}): not run; shapes are transformers' own `{kind}`"
+        )
+        return
+    if notes is not None:
+        return  # refused as an unknown architecture, which tells more
     instead = (
         f"transformers knows `{kind}` itself: take {', '.join(keys)} out of a copy of the folder. Or " if known else ""
     )
@@ -440,24 +578,47 @@ def _refuse_unstartable(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _known_architectures() -> frozenset[str]:
-    from knowledge_base.engines.transformers import causal_architectures
+    from knowledge_base.engines.transformers import architectures
 
-    return causal_architectures()
+    return frozenset(architectures())
 
 
-def _refuse_unknown(kind: str, where: Path) -> None:
+def _refuse_shared_layers(config: Mapping[str, Any], where: Path) -> None:
+    groups, layers = config.get("num_hidden_groups"), config.get("num_hidden_layers")
+    if type(groups) is int and type(layers) is int and groups < layers:
+        raise BadInput(
+            f"config.json: {layers} layers share the matrices of {groups}",
+            hint="what such a model reads and computes is not predicted; give one whose layers have their own",
+            where=str(where),
+        )
+
+
+def _refuse_unknown(kind: str, where: Path, tensors: Mapping[str, Stored] | None, *, causal: bool) -> None:
+    """Refuse an architecture that transformers has no class for, with what can be said of it all the same."""
     import difflib
     from importlib.metadata import version
 
-    known = _known_architectures()
-    if known and kind not in known:
-        near = difflib.get_close_matches(kind, known, n=3)
-        raise BadInput(
-            f"architecture `{kind}` is not a causal language model transformers {version('transformers')} knows",
-            hint=(f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else "")
-            + "check model_type, or install a release of transformers that has it",
-            where=str(where),
+    from knowledge_base.engines.transformers import architectures, causal_architectures
+
+    known = causal_architectures() if causal else frozenset(architectures())
+    if not known or kind in known:
+        return
+    near = difflib.get_close_matches(kind, known, n=3)
+    what = "a causal language model" if causal else "a language model"
+    if tensors is None:
+        left = "nothing is predicted from config.json alone; weight files beside it would tell its size"
+    else:
+        size = sum(t.bytes for t in tensors.values())
+        left = (
+            f"its weight files tell {size / 1e9:.4g} GB, so it needs more memory than that and writes no token sooner than "
+            f"they are read ({size / 1e9:.4g} ms at 1 TB/s, mixtures of experts aside); cache and arithmetic are not predicted"
         )
+    raise BadInput(
+        f"architecture `{kind}` is not {what} transformers {version('transformers')} knows: {left}",
+        hint=(f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else "")
+        + "check model_type, or install a release of transformers that has it",
+        where=f"{where}: model_type",
+    )
 
 
 # ---------------------------------------------------------------- agreement
@@ -511,7 +672,10 @@ def _agree(
 
 def _expected(family: Family, facts: Facts, config: Mapping[str, Any], config_file: Path) -> dict[str, tuple[int, ...]]:
     try:
-        return family.shapes(family, facts.sizes, config)
+        shapes = family.shapes(family, facts.sizes, config)
+        if bad := next((name for name, shape in shapes.items() if min(shape) < 1), None):
+            raise ValueError(f"`{bad}` would be {shapes[bad]}")
+        return shapes
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise BadInput(
             f"config.json: sizes that make no model ({type(error).__name__}: {error})",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from knowledge_base.errors import BadInput
-from knowledge_base.serde import plain, restore, write_atomic, write_json
+from knowledge_base.registry import require_standing
+from knowledge_base.serde import UNSAID, plain, restore, write_atomic, write_json
 from knowledge_base.types import Plan
 
 SCHEMA = 1
@@ -22,10 +23,12 @@ class Recipe:
     model: str  # folder or hub id
     revision: str | None = None
     model_digest: str
+    draft: str | None = field(default=None, metadata=UNSAID)  # folder; of plans whose steps use one
+    draft_digest: str | None = field(default=None, metadata=UNSAID)
     calibration: str | None = None  # text file
     calibration_samples: int | None = None
     seed: int = 0
-    allocation: Mapping[str, int] | None = None
+    allocation: Mapping[str, str] | None = None
     artefact_digest: str | None = None  # None: the build failed
     versions: Mapping[str, str] | None = None
 
@@ -38,6 +41,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     people = {
         "plan": recipe.plan.id,
         "model": recipe.model,
+        **({"draft": recipe.draft} if recipe.draft else {}),
         "engine": recipe.plan.engine,
         "steps": [{s.technique: dict(s.knobs)} for s in recipe.plan.steps],
         "calibration": recipe.calibration,
@@ -52,7 +56,7 @@ def read_recipe(path: Path) -> Recipe:
     """Return the recipe in a plan.json.
 
     Raises:
-        BadInput: missing, damaged, or of another schema.
+        BadInput: missing, damaged, of another schema, or of a plan that is no longer possible.
     """
     hint = "give a plan.json of a run folder (plans/<id>/plan.json) or a plan id (leanplan ls plans)"
     try:
@@ -62,6 +66,8 @@ def read_recipe(path: Path) -> Recipe:
                 "plan.json has another schema than 1", where=str(path), hint="open it with the version that wrote it"
             )
         data.pop("words", None)
+        plan = restore(Plan, data["plan"])  # first: another version's settings explain whatever else is unlike today's
+        require_standing(plan.steps, where=str(path), hint="plan again, or open it with the version that wrote it")
         return restore(Recipe, data)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise BadInput("no such plan file", where=str(path), hint=hint) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_base.types import Budget, Estimate, Figure, Hardware, Measurement, Model, Plan, Value, Workload
+from planner.run_forecast import RunForecast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class PlanResult:
     on_front: bool = False
     finalist: bool = False
     ratios: Mapping[str, Figure] = field(default_factory=dict)
-    allocation: Mapping[str, int] | None = None  # module -> bits, where the plan has a per-layer step
+    allocation: Mapping[str, str] | None = None  # module -> its option, where the plan has a per-layer step
     artefact: str | None = None  # folder, relative to the run folder
     why: tuple[str, ...] = ()  # what each step bought and cost, and why it is or is not chosen
 
@@ -79,6 +80,8 @@ class ParetoSet:
         default_factory=dict
     )  # solver, seed, plans legal / priced / measured, seconds by stage
     provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, data hashes, machine state, warnings
+    forecast: RunForecast | None = None  # what the run was expected to take, beside what it took
+    unmeasured: tuple[PlanResult, ...] = ()  # replanned: worth measuring, because predicted to be better
     folder: str | None = None
 
     def __iter__(self) -> Iterator[PlanResult]:

@@ -1,8 +1,8 @@
 """JSON Schemas of what leanplan writes and prints, made from the very types that are written.
 
 A file format is a row of WRITTEN; what a command prints with --json is what its `output()` returns: a dataclass, a
-TypedDict, a container or union of these, or a mapping from names to such types. What a schema says of a field is the
-comment beside it in the code, and the unit in its name.
+TypedDict, a container or union of these, a mapping from names to such types, or a list of alternatives. What a schema
+says of a field is the comment beside it in the code, and the unit in its name.
 """
 
 from __future__ import annotations
@@ -79,8 +79,14 @@ def spec() -> Any:
     return Annotated[dict[str, Any], Given(specs.schema)]
 
 
+def machine() -> Any:
+    from planner import machine_file
+
+    return Annotated[dict[str, Any], Given(machine_file.schema)]
+
+
 WRITTEN: dict[str, Callable[[], Any]] = {
-    "spec": spec, "result": result, "lock": lock, "advice": advice, "error": error,
+    "spec": spec, "machine": machine, "result": result, "lock": lock, "advice": advice, "error": error,
 }  # fmt: skip
 
 
@@ -108,6 +114,8 @@ def _of(kind: Any, found: Parts) -> dict[str, Any]:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return {}
+    if isinstance(kind, list):
+        return {"anyOf": [_of(one, found) for one in kind]}
     if isinstance(kind, Mapping):
         return _object(kind, {}, list(kind), found)
     if kind in _PLAIN:

@@ -11,10 +11,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from knowledge_base.registry import stands
 from knowledge_base.serde import digest, plain, restore, write_json
 from knowledge_base.types import Measurement, Model, Workload
+
+if TYPE_CHECKING:
+    from planner.run_forecast import RunForecast
 
 SCHEMA = 1
 
@@ -26,7 +30,7 @@ class Record:
     measurement: Measurement
     model: Model
     workload: Workload
-    allocation: Mapping[str, int] | None = None
+    allocation: Mapping[str, str] | None = None
 
 
 def measurement_key(**facts: Any) -> str:
@@ -52,6 +56,11 @@ class Store:
         """Folder of the unchanged models' log-probabilities, by key."""
         return self.folder / "references"
 
+    @property
+    def unfinished(self) -> Path:
+        """Folder of what builds that were cut off had done, by key."""
+        return self.folder / "unfinished"
+
     def path(self, key: str) -> Path:
         return self.folder / "measurements" / f"{key[:32]}.json"
 
@@ -64,11 +73,33 @@ class Store:
         write_json(self.path(record.measurement.key), {"schema": SCHEMA, **plain(record)})
 
     def records(self, hardware_fingerprint: str | None = None) -> Iterator[Record]:
-        """Yield the records of one machine (or all), oldest file name first."""
+        """Yield the records of one machine (or all), oldest file name first; none of plans that are no longer possible.
+
+        Techniques change their knobs between versions, and come and go with knowledge folders.
+        """
         for path in sorted((self.folder / "measurements").glob("*.json")):
             record = self._read(path)
-            if record and hardware_fingerprint in (None, record.measurement.hardware_fingerprint):
+            if record is None or hardware_fingerprint not in (None, record.measurement.hardware_fingerprint):
+                continue
+            if all(map(stands, record.measurement.plan.steps)):
                 yield record
+
+    def put_forecast(self, run_id: str, hardware_fingerprint: str, forecast: RunForecast) -> None:
+        """Keep what a run was expected to take beside what it took, for the next forecast."""
+        facts = {"schema": SCHEMA, "hardware_fingerprint": hardware_fingerprint, "forecast": plain(forecast)}
+        write_json(self.folder / "forecasts" / f"{run_id}.json", facts)
+
+    def forecasts(self, hardware_fingerprint: str) -> Iterator[RunForecast]:
+        """Yield the forecasts of finished runs of one machine with their facts, oldest first."""
+        from planner.run_forecast import RunForecast
+
+        for path in sorted((self.folder / "forecasts").glob("*.json")):
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                if (data["schema"], data["hardware_fingerprint"]) == (SCHEMA, hardware_fingerprint):
+                    yield restore(RunForecast, data["forecast"])
+            except (OSError, ValueError, KeyError, TypeError):
+                self.damaged.append(path)
 
     def _read(self, path: Path) -> Record | None:
         try:

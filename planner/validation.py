@@ -6,28 +6,32 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_base.errors import BadInput, CandidateFailed
-from knowledge_base.registry import engines
+from knowledge_base.errors import BadInput, CandidateFailed, NoFeasiblePlan
+from knowledge_base.registry import engines, techniques
 from knowledge_base.serde import digest, write_json
-from knowledge_base.types import Failure, Figure, Measurement, Plan
-from planner import building, energy, fidelity, measuring
+from knowledge_base.types import Failure, Figure, Measurement, Plan, Step
+from planner import building, energy, fidelity, measuring, retrieval
+from planner.drafts import draft_for
 from planner.isolation import Limits, Servers
+from planner.isolation.worker import asked_of
+from planner.load.candidates import CandidateLoad, load_of
 from planner.locks import measurement_lock
 from planner.recipe import Recipe, write_recipe
+from planner.serving import OPERATIONS
 from planner.statistics import exact_figure
-from planner.store import Record, measurement_key
+from planner.store import Record, Store, measurement_key
 
 if TYPE_CHECKING:
     from planner.loop import Run
     from planner.progress import Progress
 
 ATTEMPTS = 2  # a candidate whose planner died under it is tried this often
-SENSITIVITY_SHARE = 0.15  # of the time limit that measuring per-layer sensitivities may take
+MEASURING_SHARE = 0.15  # of the time limit that measuring what a step can choose from may take
 LASTING = (
     "unsupported",
     "build_error",
@@ -46,13 +50,14 @@ class Validator:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.spec, self.model, self.hardware = run.spec, run.prepared.model, run.prepared.hardware
-        self.allocations: dict[Plan, Mapping[str, int] | None] = {}
+        self.allocations: dict[Plan, Mapping[str, str] | None] = {}
         self.baseline_perplexity: Figure | None = None
         effort = measuring.PROTOCOLS[self.spec.search.effort]
         tail = any(b.statistic == "p95" and b.level != "off" for b in self.spec.budgets)
         self.protocol = replace(effort, tail=tail, seed=self.spec.search.seed)
         self.counters = energy.Counters()
-        self.servers = Servers()
+        self.load = load_of(self.spec)
+        self.servers = Servers(extra_ops=OPERATIONS if self.load else None)
 
     def __enter__(self) -> Validator:
         for name in self.run.prepared.space.options:
@@ -64,22 +69,27 @@ class Validator:
 
     # ------------------------------------------------------------ keys
 
-    def key(self, plan: Plan) -> str:
+    def key(self, plan: Plan, protocol: measuring.Protocol | None = None) -> str:
         """Return the content key of a plan's measurement here and now."""
-        from planner.loop import versions
+        from planner.predicting import versions
 
         return measurement_key(
             plan=plan, model=self.model.digest, data=self.run.data.id, workload=self.spec.workload, versions=versions(),
-            machine=self.hardware.fingerprint, protocol=asdict(self.protocol), prices=self.spec.prices,
-            allocation=self.allocations.get(plan),
+            machine=self.hardware.fingerprint, protocol=self._asked(protocol or self.protocol), prices=self.spec.prices,
+            allocation=self.allocations.get(plan), **({"draft": draft.digest} if (draft := draft_for(plan, self.model)) else {}),
         )  # fmt: skip
+
+    def _asked(self, protocol: measuring.Protocol) -> dict[str, Any]:
+        return {**asdict(protocol), **({"load": self.load.facts} if self.load else {})}
 
     def known(self, plan: Plan) -> Record | None:
         """Return the plan's record from the store, its artefact made again if it is gone; None to measure it.
 
-        The baseline is only known together with its reference log-probabilities.
+        The baseline is only known together with its reference log-probabilities. Budgets have no part in a key, but a
+        limit on a 95th percentile asks for more samples: those will do where it was dropped since.
         """
-        record = self.run.store.get(self.key(plan))
+        protocols = dict.fromkeys((self.protocol, replace(self.protocol, tail=True)))
+        record = next((r for p in protocols if (r := self.run.store.get(self.key(plan, p)))), None)
         if record is None:
             return None
         if plan == self.run.baseline and not self._reference.exists():
@@ -88,14 +98,28 @@ class Validator:
             out = self.run.folder.artefacts / plan.id
             if not out.is_dir() or building.verify(out):
                 try:
-                    built = self._build(plan)
+                    digest = self._copied(plan, record.measurement.artefact_digest) or self._build(plan).digest
                 except CandidateFailed:
                     return None
-                if built.digest != record.measurement.artefact_digest:
+                if digest != record.measurement.artefact_digest:
                     return None
             self._write_recipe(plan, record.measurement.artefact_digest, record.measurement.versions)
         self._remember(plan, record.measurement.figures)
         return record
+
+    def _copied(self, plan: Plan, wanted: str | None) -> str | None:
+        """Copy a plan's artefact from an earlier run, which is quicker than building it; None where none has it whole."""
+        out, partial = self.run.folder.artefacts / plan.id, self.run.folder.path / "work" / f"{plan.id}-copy"
+        for place in self.run.folder.path.parent.glob(f"*/artefacts/{plan.id}"):
+            if place == out or place.parent.is_symlink() or building.verify(place):
+                continue
+            if building.read_manifest(place)["digest"] == wanted:
+                shutil.copytree(place, partial, dirs_exist_ok=True)
+                shutil.rmtree(out, ignore_errors=True)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                partial.replace(out)
+                return wanted
+        return None
 
     # ------------------------------------------------------------ one plan
 
@@ -106,6 +130,7 @@ class Validator:
         record: dict[str, Any] = {}
         warnings: list[str] = []
         failure: Failure | None = None
+        alone: dict[str, Figure] | None = None
         versions: dict[str, str] = {}
         artefact_digest = None
         stage = "build"
@@ -115,7 +140,7 @@ class Validator:
             built = self._build(plan)
             artefact_digest = built.digest
             figures["build_s"] = exact_figure(built.seconds, f"peak memory {built.peak_bytes} bytes")
-            record |= {"notes": dict(built.notes), "step_s": dict(built.step_s)}
+            record |= {"notes": dict(built.notes), "step_s": dict(built.step_s), "build_peak_bytes": built.peak_bytes}
             stage = "open"
             with self._started(plan, "measure") as candidate:
                 job = self._open(candidate, plan, built.folder)
@@ -137,6 +162,14 @@ class Validator:
                     candidate.grant(waited_s)
                     figures |= self._quality(plan, candidate, warnings)
                 candidate.call("close", {}, timeout_s=60)
+            if self.load:
+                stage = "measure"
+                loaded = self._under_load(plan, self.load, built.folder)
+                alone = {name: figures[name] for name in loaded.figures if name in figures}
+                figures |= loaded.figures
+                record["load"] = dict(loaded.protocol)
+                record["other_cores"] = max(record["other_cores"], loaded.protocol.get("other_cores") or 0.0)
+                warnings += loaded.warnings
         except CandidateFailed as error:
             failure = Failure(kind=error.kind, stage=stage, message=error.message, log=self._relative(log))
         except _Collapsed as collapsed:
@@ -148,7 +181,7 @@ class Validator:
             "threads_of_machine": self.hardware.device.cores,
         }
         measurement = Measurement(
-            plan=plan, key=self.key(plan), hardware_fingerprint=self.hardware.fingerprint, figures=figures, failure=failure,
+            plan=plan, key=self.key(plan), hardware_fingerprint=self.hardware.fingerprint, figures=figures, alone=alone, failure=failure,
             artefact_digest=artefact_digest, protocol=record, versions=versions, warnings=tuple(warnings),
             taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), sequence=len(self.run.known.records),
         )  # fmt: skip
@@ -174,6 +207,9 @@ class Validator:
             if used + _peak(records[plan]) <= self._limits().memory_bytes:
                 chosen.append(plan)
                 used += _peak(records[plan])
+        if len(chosen) == 1:
+            self.run.progress.line("memory holds no finalist beside the unchanged model: they were measured one by one")
+            return {}
         protocol = replace(self.protocol, blocks_s=max(5.0, min(self.protocol.blocks_s, time_left_s - 10.0)))
         try:
             with contextlib.ExitStack() as candidates:
@@ -207,49 +243,54 @@ class Validator:
     # ------------------------------------------------------------ parts
 
     def allocate(self, plan: Plan) -> None:
-        """Choose the bits of each layer for a plan that asks for it, from measured sensitivities (a MILP).
+        """Choose what each part of the model gets, for a plan whose steps ask for it, where that was measured before.
+
+        Else it is chosen while the plan is built, when the model is as those steps will find it.
 
         Raises:
-            CandidateFailed: the sensitivities could not be measured.
+            CandidateFailed: nothing fits what a step asks for.
         """
-        step = plan.step("weight_mixed")
-        if step is None or plan in self.allocations:
+        waiting = _allocating(plan)
+        if plan in self.allocations or not all(self._options_path(plan, number).exists() for number in waiting):
             return
-        from search.allocation import allocate_bits
+        chosen: dict[str, str] = {}
+        for number in waiting:
+            measured = json.loads(self._options_path(plan, number).read_text(encoding="utf-8"))
+            chosen |= _chosen(plan.steps[number], measured)
+        if chosen:
+            self.allocations[plan] = chosen
 
-        allocation = allocate_bits(self._sensitivities(), average_bits=float(step.knobs["average_bits"]))
-        self.allocations[plan] = dict(allocation.bits)
+    def _options_path(self, plan: Plan, number: int) -> Path:
+        """Return where is kept what a step of a plan can choose from: the same for every plan that begins alike."""
+        from planner.predicting import versions
 
-    def _sensitivities(self) -> dict[str, Any]:
-        key = digest([self.model.digest, self.run.data.id, self.spec.search.seed])[:32]
-        path = self.run.store.folder / "sensitivities" / f"{key}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        self.run.progress.line("measuring how much each layer's weights matter")
-        workspace = self.run.folder.path / "work" / "sensitivities"
-        log = self.run.folder.path / "plans" / "sensitivities.txt"
-        limits = self._limits()
-        with self.servers.start(building.builder_preload(()), folder=workspace, limits=limits, log=log) as candidate:
-            payload = {
-                "model_folder": str(self._model_folder), "model": _plain(self.model), "seed": self.spec.search.seed,
-                "allow_pickle": self.run.settings.allow_pickle,
-                "calibration": str(self.run.data.calibration) if self.run.data.calibration else None,
-                "options": {"time_limit_s": max(10.0, SENSITIVITY_SHARE * self.spec.search.time_limit_s)},
-            }  # fmt: skip
-            found = candidate.call("sensitivities", payload, timeout_s=limits.time_s, progress=self._tick(None))[
-                "sensitivities"
-            ]
-        write_json(path, found)
-        return found
+        steps, machine, step = plan.steps[:number], self.hardware.fingerprint, plan.steps[number]
+        asked = [step.technique, asked_of(step)]
+        known = [self.model.digest, self.run.data.id, self.spec.search.seed, steps, asked]
+        return self.run.store.folder / "options" / f"{digest([*known, machine, versions()])[:32]}.json"
 
     def _build(self, plan: Plan) -> building.BuildResult:
         self.allocate(plan)
-        return building.build(
+
+        def allocate(number: int, measure: Callable[[float], Any]) -> Mapping[str, str]:
+            path = self._options_path(plan, number)
+            if path.exists():
+                measured = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                self.run.progress.line(f"measuring what {plan.steps[number].technique} can choose from")
+                measured = measure(max(10.0, MEASURING_SHARE * self.spec.search.time_limit_s))
+                write_json(path, measured)
+            return _chosen(plan.steps[number], measured)
+
+        built = building.build(
             self.servers, plan, self.model, model_folder=self._model_folder, out=self.run.folder.artefacts / plan.id, limits=self._limits(),
             workspace=self.run.folder.path / "work" / plan.id, log=self._log(plan), allocation=self.allocations.get(plan),
-            calibration=self.run.data.calibration, seed=self.spec.search.seed,
-            allow_pickle=self.run.settings.allow_pickle, progress=self._tick(plan),
+            allocate=allocate, calibration=self.run.data.calibration, seed=self.spec.search.seed,
+            allow_pickle=self.run.settings.allow_pickle, unfinished=self.run.store.unfinished, progress=self._tick(plan),
         )  # fmt: skip
+        if built.allocation:
+            self.allocations[plan] = built.allocation
+        return built
 
     def _quality(self, plan: Plan, candidate: Any, warnings: list[str]) -> Mapping[str, Figure]:
         data = self.run.data
@@ -269,7 +310,12 @@ class Validator:
         warnings += observed.warnings
         if observed.failure:
             raise _Collapsed(observed.figures, observed.failure)
-        return observed.figures
+        recalled = retrieval.observe(
+            candidate, data.prompts, prompt_tokens=self.spec.workload.prompt_tokens,
+            context_tokens=self.model.max_context_tokens, seed=self.spec.search.seed, progress=self._tick(plan),
+        )  # fmt: skip
+        warnings += recalled.warnings
+        return {**observed.figures, **recalled.figures}
 
     def _open(self, candidate: Any, plan: Plan, folder: Path) -> measuring.Job:
         return measuring.open_artefact(
@@ -280,6 +326,12 @@ class Validator:
             read_s=self._read_s(plan),
             progress=self._tick(plan),
         )
+
+    def _under_load(self, plan: Plan, load: CandidateLoad, folder: Path) -> measuring.Observed:
+        return load.observe(
+            folder, self.run.data.prompts, self.hardware, servers=self.servers, limits=self._limits(), log=self._log(plan),
+            most_s=self.run.time_left() / 4, progress=self._tick(plan), waiting=self.run.progress.line,
+        )  # fmt: skip
 
     def _read_s(self, plan: Plan) -> float:
         """Return the least time one read of the weights takes: no decode step can be faster. 0 when unknown."""
@@ -328,19 +380,19 @@ class Validator:
             self.baseline_perplexity = figures["perplexity"]
 
     def _write_recipe(self, plan: Plan, artefact_digest: str | None, versions: Mapping[str, str]) -> None:
-        calibration = self.spec.calibration
+        calibration, draft = self.spec.calibration, draft_for(plan, self.model)
         recipe = Recipe(
             plan=plan, model=self.spec.model.source if not Path(self._model_folder).is_dir() else str(self._model_folder),
             revision=self.spec.model.revision, model_digest=self.model.digest,
+            draft=draft.source if draft else None, draft_digest=draft.digest if draft else None,
             calibration=str(Path(calibration.data).resolve()) if calibration and calibration.data else None,
             calibration_samples=calibration.samples if calibration else None, seed=self.spec.search.seed,
             allocation=self.allocations.get(plan), artefact_digest=artefact_digest, versions=versions,
         )  # fmt: skip
         write_recipe(self.run.folder.plan_folder(plan.id), recipe)
 
-    def _tick(self, plan: Plan | None) -> Any:
-        name = plan.id if plan else "sensitivities"
-        return lambda what, done: self.run.progress.tick(f"{name}: {what}")
+    def _tick(self, plan: Plan) -> Any:
+        return lambda what, done: self.run.progress.tick(f"{plan.id}: {what}")
 
     def _log(self, plan: Plan) -> Path:
         return self.run.folder.plan_folder(plan.id) / "log.txt"
@@ -364,6 +416,26 @@ class _Collapsed(Exception):
     def __init__(self, figures: Mapping[str, Figure], failure: Failure) -> None:
         super().__init__(failure.message)
         self.figures, self.failure = figures, failure
+
+
+def _allocating(plan: Plan) -> list[int]:
+    """Return the numbers of the steps that execute an allocation: their files have `options` and `budgets`."""
+    return [i for i, step in enumerate(plan.steps) if hasattr(techniques.get(step.technique), "options")]
+
+
+def _chosen(step: Step, measured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the option of each part: the least loss within what the step's knobs allow.
+
+    Raises:
+        CandidateFailed: nothing fits.
+    """
+    from search.allocation import allocate
+
+    try:
+        budgets = techniques.get(step.technique).budgets(measured, **step.knobs)
+        return dict(allocate(measured["parts"], budgets, ties=measured.get("ties", ())).chosen)
+    except (NoFeasiblePlan, BadInput) as error:
+        raise CandidateFailed("unsupported", f"{step}: {error.message}", hint=error.hint) from error
 
 
 def _peak(record: Record) -> float:
@@ -398,12 +470,18 @@ def rebuild(recipe: Recipe, out: Path, *, store: Path, progress: Progress, offli
     from planner.machine import find
     from planner.reading import read_model
 
-    read = read_model(recipe.model, revision=recipe.revision, offline=offline)
+    read = read_model(recipe.model, revision=recipe.revision, offline=offline, draft=recipe.draft)
     if read.folder is None or read.model.digest != recipe.model_digest:
         raise BadInput(
             "the model is not the one the plan was made for",
             where=recipe.model,
             hint="give the right one with --model, or plan again",
+        )
+    if recipe.draft_digest and (read.model.draft is None or read.model.draft.digest != recipe.draft_digest):
+        raise BadInput(
+            "the draft is not the one the plan was made for",
+            where=recipe.draft,
+            hint="give the right one with --draft, or plan again",
         )
     hardware = find("local", store)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".leanplan-build-") as work:
@@ -423,7 +501,7 @@ def rebuild(recipe: Recipe, out: Path, *, store: Path, progress: Progress, offli
             built = building.build(
                 servers, recipe.plan, read.model, model_folder=read.folder, out=out, limits=limits, workspace=Path(work) / "candidate",
                 log=Path(work) / "log.txt", allocation=recipe.allocation, calibration=calibration, seed=recipe.seed,
-                progress=lambda what, done: progress.tick(what),
+                unfinished=Store(store).unfinished, progress=lambda what, done: progress.tick(what),
             )  # fmt: skip
     progress.done()
     return Rebuilt(folder=out, digest=built.digest, bytes=built.bytes)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def solve(problem: Problem, *, solver: str = "auto", effort: str = "quick", seed: int = 0) -> Priced:
     """Return priced plans, the predicted Pareto front among them.
 
-    "auto" prices every legal plan while there are few enough for the effort, and else asks NSGA-II.
+    "auto" prices every legal plan while there are few enough for the effort, and else searches locally.
 
     Args:
         solver: "auto", or the name of a file in search/solvers that defines `solve`.
@@ -25,5 +25,5 @@ def solve(problem: Problem, *, solver: str = "auto", effort: str = "quick", seed
     from search.solvers import registry
 
     if solver == "auto":
-        solver = "exhaustive" if problem.space.count() <= EFFORTS[effort].exhaustive_plans else "optuna_nsga2"
+        solver = "exhaustive" if problem.space.count() <= EFFORTS[effort].exhaustive_plans else "local"
     return registry.get(solver).solve(problem, effort=EFFORTS[effort], seed=seed)

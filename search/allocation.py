@@ -1,125 +1,169 @@
-"""Which matrix gets how many bits: the least loss of quality within a size, solved exactly (PuLP).
+"""Which option each matrix gets: the least loss of quality within budgets of bytes, memory, seconds; solved exactly (PuLP).
 
-A multiple-choice knapsack, with measured sensitivities s and stored bytes b of matrix m at option o:
+A multiple-choice knapsack, with the measured loss s of matrix m at option o and what it takes of each budget r:
 
-    minimise sum s[m, o] x[m, o]  subject to  sum b[m, o] x[m, o] <= budget,  sum over o of x[m, o] = 1,  x in {0, 1}
+    minimise sum s[m, o] x[m, o]  subject to  sum over m, o of a[r, m, o] x[m, o] <= budget[r] for each r,
+                                              sum over o of x[m, o] = 1 for each m,  x in {0, 1}
 
-Losses are added up, as in HAWQ-V2 (arXiv:1911.03852): how errors of two matrices interact is left out.
+An option is any setting of a matrix: bits, zeros, a rank, its removal. Options of several matrices may be tied, so that
+all or none of them are taken: all of a layer removed, the same heads in query, key and value. Losses are added up, as in
+HAWQ-V2 (arXiv:1911.03852): how errors of two matrices interact is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from knowledge_base.errors import BadInput, EnvironmentProblem, NoFeasiblePlan
 
-Sensitivities = Mapping[str, Mapping[str, Mapping[str, float]]]  # module -> bits -> loss_increase, bytes, params
+LOSS = "loss_increase"
+Choices = Mapping[str, Mapping[str, float]]  # option -> loss_increase and what it takes: bytes, seconds, ...
+Options = Mapping[str, Choices]  # matrix -> its options
+Tie = Sequence[tuple[str, str]]  # (matrix, option)s that are taken all or none
+
+GAP = 1e-6  # of the loss: what the solver may leave unproven and still call optimal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Bits for each module, and what they are predicted to cost. `loss_increase_nats` is for each token."""
+    """The option of each matrix, what they are predicted to cost together, and what they take of everything counted."""
 
-    bits: Mapping[str, int]
-    loss_increase_nats: float
-    bytes: int
-    average_bits: float | None  # stored bits for each weight; None where the sensitivities do not tell the weights
-    status: str  # "optimal" | "best in time"
+    chosen: Mapping[str, str]
+    loss_increase_nats: float  # for each token
+    takes: Mapping[str, float]  # sums over the matrices: "bytes", "seconds", whatever all options tell
+    gap: float  # share of the loss that a better allocation could at most save; 0 to GAP where it is optimal
+
+    @property
+    def optimal(self) -> bool:
+        """Whether nothing better exists; else it is the best that was found in time."""
+        return self.gap <= GAP
 
 
-def allocate_bits(
-    sensitivities: Sensitivities,
-    *,
-    budget_bytes: float | None = None,
-    average_bits: float | None = None,
-    time_limit_s: float = 10.0,
+def allocate(
+    options: Options, budgets: Mapping[str, float], *, ties: Iterable[Tie] = (), time_limit_s: float = 10.0
 ) -> Allocation:
-    """Return the allocation with the least predicted loss within `budget_bytes`, or `average_bits` for each weight.
+    """Return the allocation with the least predicted loss within all budgets, each a limit on the sum of what is taken.
 
     Raises:
-        BadInput: not exactly one of the budgets, or sensitivities without what they need.
-        NoFeasiblePlan: the smallest options together are larger than the budget; says by how much.
+        BadInput: nothing to choose from, no budget, or options that do not tell what a budget limits.
+        NoFeasiblePlan: no combination is within the budgets; says which is short, and by how much.
         EnvironmentProblem: the solver found nothing in `time_limit_s`.
     """
-    if not sensitivities or (budget_bytes is None) == (average_bits is None):
+    if not options or not budgets:
         raise BadInput(
-            "an allocation needs measured sensitivities and exactly one of budget_bytes and average_bits",
+            "an allocation needs measured sensitivities and a budget",
             hint="measure sensitivities first (calibration.data in the spec)",
         )
-    weights = _weights(sensitivities)
-    if budget_bytes is None:
-        if weights is None:
-            raise BadInput("these sensitivities do not tell `params`", hint="give budget_bytes, or measure them anew")
-        budget_bytes = weights * average_bits / 8  # type: ignore[operator]
-    budget = math.floor(budget_bytes + 1e-6)
-    options = {module: _useful(choices) for module, choices in sensitivities.items()}
-    smallest = sum(choices[0][1] for choices in options.values())
-    if smallest > budget:
-        raise NoFeasiblePlan(
-            f"no allocation fits {budget} bytes: every matrix at its smallest takes {smallest}, "
-            f"short by {smallest - budget}",
-            hint=f"allow at least {8 * smallest / weights:.2f} bits for each weight"
-            if weights
-            else f"allow {smallest} bytes",
-        )
-    chosen, status = _solve(options, budget, time_limit_s)
-    size = sum(int(sensitivities[m][str(b)]["bytes"]) for m, b in chosen.items())
+    for matrix, choices in options.items():
+        for option, choice in choices.items():
+            if missing := sorted({LOSS, *budgets} - choice.keys()):
+                raise BadInput(f"option `{option}` of {matrix} does not tell its {missing[0]}", hint="measure it anew")
+    for what, budget in budgets.items():
+        least = sum(min(choice[what] for choice in choices.values()) for choices in options.values())
+        if least > budget + _slack(budget):
+            raise NoFeasiblePlan(
+                f"no allocation fits {budget:.10g} {what}: every matrix at its smallest takes {least:.10g}, "
+                f"short by {least - budget:.10g}",
+                hint=f"allow {least:.10g} {what}",
+            )
+    ties = [[(matrix, option) for matrix, option in tie] for tie in ties]
+    for matrix, option in (pair for tie in ties for pair in tie):
+        if option not in options.get(matrix, {}):
+            raise BadInput(f"a tie names option `{option}` of {matrix}, which it lacks", hint="measure it anew")
+    chosen, gap = _solve(options, budgets, ties, time_limit_s)
+    taken = [options[matrix][option] for matrix, option in chosen.items()]
+    counted = set.intersection(*(set(choice) for choice in taken)) - {LOSS}
     return Allocation(
-        bits=chosen,
-        loss_increase_nats=sum(sensitivities[m][str(b)]["loss_increase"] for m, b in chosen.items()),
-        bytes=size,
-        average_bits=8 * size / weights if weights else None,
-        status=status,
+        chosen=chosen,
+        loss_increase_nats=sum(choice[LOSS] for choice in taken),
+        takes={what: sum(choice[what] for choice in taken) for what in sorted(counted)},
+        gap=gap,
     )
 
 
-def _weights(sensitivities: Sensitivities) -> int | None:
-    """Return the number of weights of all modules, or None where a module does not tell it."""
-    counts = [next(iter(choices.values())).get("params") for choices in sensitivities.values()]
-    return None if None in counts else int(sum(counts))  # type: ignore[arg-type]
+def _slack(budget: float) -> float:
+    return 1e-9 * abs(budget)
 
 
-def _useful(choices: Mapping[str, Mapping[str, float]]) -> list[tuple[int, int, float]]:
-    """Return (bits, bytes, loss) by rising bytes, without options that another beats in both."""
-    rows = sorted((int(c["bytes"]), float(c["loss_increase"]), int(bits)) for bits, c in choices.items())
-    kept: list[tuple[int, int, float]] = []
-    for size, loss, bits in rows:
-        if not kept or loss < kept[-1][2]:
-            kept.append((bits, size, loss))
+def useful(choices: Choices, budgets: Iterable[str], tied: Iterable[str] = ()) -> list[str]:
+    """Return the options that no other beats in its loss and in all budgets at once.
+
+    Tied options stay, and beat none: whether they can be taken is not this matrix's to say.
+    """
+    # By loss and then by what they take, so that only an earlier option can beat a later one.
+    order = sorted(choices, key=lambda o: (choices[o][LOSS], *(choices[o][what] for what in budgets)))
+    tied, kept = set(tied), []
+    beating: list[list[float]] = []
+    for option in order:
+        takes = [choices[option][what] for what in budgets]
+        if option in tied:
+            kept.append(option)
+        elif not any(all(a <= b for a, b in zip(other, takes)) for other in beating):
+            kept.append(option)
+            beating.append(takes)
     return kept
 
 
 def _solve(
-    options: Mapping[str, list[tuple[int, int, float]]], budget: int, time_limit_s: float
-) -> tuple[dict[str, int], str]:
+    options: Options, budgets: Mapping[str, float], ties: Sequence[Tie], time_limit_s: float
+) -> tuple[dict[str, str], float]:
+    """Return the option of each matrix, and the share of the loss that is not proven to be least."""
     import pulp
 
-    # Solvers work to absolute tolerances near 1e-7: losses are scaled to sum to 1e6, bytes to whole units.
-    top = sum(max(loss for _, _, loss in choices) for choices in options.values()) or 1.0
-    unit = math.gcd(*(size for choices in options.values() for _, size, _ in choices)) or 1
-    problem = pulp.LpProblem("bits", pulp.LpMinimize)
-    take = {
-        (m, i): problem.add_variable(f"x_{row}_{i}", cat="Binary")
-        for row, (m, choices) in enumerate(options.items())
-        for i in range(len(choices))
+    tied = {pair for tie in ties for pair in tie}
+    kept = {
+        matrix: useful(choices, budgets, (o for o in choices if (matrix, o) in tied))
+        for matrix, choices in options.items()
     }
-    problem += pulp.lpSum(1e6 * options[m][i][2] / top * x for (m, i), x in take.items())
-    problem += pulp.lpSum(options[m][i][1] // unit * x for (m, i), x in take.items()) <= budget // unit
-    for m, choices in options.items():
-        problem += pulp.lpSum(take[m, i] for i in range(len(choices))) == 1
+    # Solvers work to absolute tolerances near 1e-7: losses are scaled to sum to 1e6, budgets to about 1e4.
+    top = sum(max(options[m][o][LOSS] for o in names) for m, names in kept.items()) or 1.0
+    problem = pulp.LpProblem("allocation", pulp.LpMinimize)
+    take = {
+        (m, o): problem.add_variable(f"x_{row}_{column}", cat="Binary")
+        for row, (m, names) in enumerate(kept.items())
+        for column, o in enumerate(names)
+    }
+    problem += pulp.lpSum(1e6 * options[m][o][LOSS] / top * x for (m, o), x in take.items())
+    for what, budget in budgets.items():
+        unit, limit = _unit([options[m][o][what] for m, o in take], budget)
+        problem += pulp.lpSum(options[m][o][what] / unit * x for (m, o), x in take.items()) <= limit
+    for m, names in kept.items():
+        problem += pulp.lpSum(take[m, o] for o in names) == 1
+    for first, *others in ties:
+        for other in others:
+            problem += take[first] == take[other]
     try:
-        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit_s, threads=1))
+        problem.solve(pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=GAP, threads=1))
     except pulp.PulpSolverError as error:
         raise EnvironmentProblem(
             f"the solver cannot run: {error}", hint="pip install highspy, PuLP's solver here"
         ) from error
+    if problem.sol_status == pulp.LpSolutionInfeasible:
+        raise NoFeasiblePlan(
+            f"no allocation is within all of {', '.join(f'{v:.10g} {k}' for k, v in budgets.items())} at once",
+            hint="each alone can be met: allow more of one of them",
+        )
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise EnvironmentProblem(
-            f"the solver found no allocation in {time_limit_s:g} s", hint="give it more time, or allow more bytes"
+            f"the solver found no allocation in {time_limit_s:g} s", hint="give it more time, or allow more"
         )
-    chosen = {m: choices[max(range(len(choices)), key=lambda i: take[m, i].value())] for m, choices in options.items()}
-    optimal = problem.sol_status == pulp.LpSolutionOptimal
-    assert sum(size for _, size, _ in chosen.values()) <= budget
-    return {m: bits for m, (bits, _, _) in chosen.items()}, "optimal" if optimal else "best in time"
+    chosen = {m: max(names, key=lambda o: take[m, o].value()) for m, names in kept.items()}
+    for what, budget in budgets.items():
+        assert sum(options[m][o][what] for m, o in chosen.items()) <= budget + _slack(budget), what
+    info = problem.solverModel.getInfo()
+    reached = info.objective_function_value
+    return chosen, max(0.0, (reached - info.mip_dual_bound) / abs(reached)) if reached else 0.0
+
+
+def _unit(takes: Sequence[float], budget: float) -> tuple[float, float]:
+    """Return what to divide a budget's numbers by, and the limit then.
+
+    Whole numbers by their common divisor, which the solver then keeps to exactly; others to a budget of 1e4, less what
+    the solver may overstep.
+    """
+    if all(float(value).is_integer() for value in takes):
+        unit = math.gcd(*map(int, takes)) or 1
+        return unit, math.floor((budget + _slack(budget)) / unit)
+    return budget / 1e4 or 1.0, 1e4 * (1 - 1e-10)

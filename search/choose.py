@@ -1,15 +1,18 @@
-"""Which priced plans are worth a measurement: the predicted front, the uncertain, and the different."""
+"""Which priced plans are worth a measurement: what adds to the predicted front, what may be better, what is different."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from knowledge_base.types import Plan
-from search.pareto import front
+from search.pareto import front, hypervolume
 from search.problem import Priced
+
+NEARLY = 0.8  # of the most volume a plan adds
+BEYOND_WORST = 0.1  # of the range of each objective, that the point which bounds volumes lies beyond the worst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +34,10 @@ def choose(
     """Return up to `count` plans to measure next, best reason first.
 
     Only plans with a chance count: the optimistic end of every interval within the error budgets. Among them
-    the picks alternate between (1) the plan of the predicted front nearest to the ideal by priority of
-    objectives, (2) the most uncertain of the optimistic front, (3) the plan of either front least like
-    anything measured. When no plan has a chance, the ones nearest to the budgets are picked: they show how far
-    off the budgets are.
+    the picks alternate between (1) the plan of the predicted front that adds most volume to what is measured and
+    picked, (2) one that tries what nothing measured has, (3) the one that adds most if half of what
+    may be better than predicted is. When no plan has a chance, the ones nearest to the budgets are picked: they
+    show how far off the budgets are.
 
     Args:
         known: plans measured already; `failed`: those that did not work, whose kin are tried last.
@@ -46,57 +49,84 @@ def choose(
     )
     if not len(index) or count <= 0:
         return []
-    candidates = priced.take(index)
-    hope = candidates.violations("best")
-    if np.all(hope > 0):
+    candidates = _sober(priced.take(index))
+    if np.all(candidates.violations("best") > 0):
         nearest = np.argsort(candidates.violations("mid"), kind="stable")[:count]
         return [
             Pick(plan=candidates.plans[i], why="no plan is predicted to meet the budgets; nearest to them")
             for i in nearest
         ]
-    candidates = candidates.take(np.flatnonzero(hope <= 0))
-    likely = np.flatnonzero(candidates.violations("mid") <= 0)
-    expected = likely[front(candidates.costs("mid")[likely])] if len(likely) else np.array([], dtype=int)
-    optimistic = front(candidates.costs("best"))
+    measured = priced.take(np.array([i for i, p in enumerate(priced.plans) if p in known], dtype=int))
+    measured = measured.take(np.flatnonzero(measured.violations("mid") <= 0))
+    expected, hoped = promising(candidates)
+    pool = list(dict.fromkeys([*expected.tolist(), *hoped.tolist()]))
+    likely_costs, hoped_costs = candidates.costs("mid"), _halfway_costs(candidates)
     seen = [*known, *failed]
-    picks: list[Pick] = []
-    taken: set[int] = set()
+    picked: dict[int, str] = {}
 
-    def take(pool: Iterable[int], score: np.ndarray, why: str) -> None:
-        for i in sorted((int(i) for i in pool), key=lambda i: (score[i], i)):
-            if i not in taken and len(picks) < count:
-                taken.add(i)
-                picks.append(Pick(plan=candidates.plans[i], why=why))
-                return
+    def take(ordered: Iterable[int], why: str) -> None:
+        if len(picked) < count and (chosen := next((i for i in ordered if i not in picked), None)) is not None:
+            picked[chosen] = why
 
-    closeness = _distance_to_ideal(candidates.costs("mid"))
-    doubt = -_width(candidates)
-    pool = list(dict.fromkeys([*expected.tolist(), *optimistic.tolist()]))
-    while len(picks) < min(count, len(pool)):
-        before = len(picks)
-        take(expected, closeness, "on the predicted front")
-        strangeness = _strangeness(candidates, pool, [*seen, *(p.plan for p in picks)])
-        take(pool, strangeness, "unlike anything measured")
-        take(optimistic, doubt, "could be better than predicted: least certain")
-        if len(picks) == before:
-            break
-    return picks
+    def by_volume(among: np.ndarray, costs: np.ndarray) -> list[int]:
+        return _by_volume(candidates, among, costs, np.concatenate([measured.costs("mid"), costs[list(picked)]]))
+
+    while len(picked) < min(count, len(pool)):
+        take(by_volume(expected, likely_costs), "on the predicted front")
+        others = [*seen, *(candidates.plans[i] for i in picked)]
+        there = np.concatenate([measured.costs("mid"), hoped_costs[list(picked)]])
+        take(_most_novel(candidates, pool, others, there), "unlike anything measured")
+        take(by_volume(hoped, hoped_costs), "could be better than predicted")
+    return [Pick(plan=candidates.plans[i], why=why) for i, why in picked.items()]
 
 
-def _distance_to_ideal(costs: np.ndarray) -> np.ndarray:
-    """Return (plans,): distance to the ideal point, objectives scaled to 0..1 and weighted 1, 1/2, 1/3 by priority."""
+def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of two fronts: of what is predicted, and of what may be half as much better as it can be.
+
+    Each is of plans within the error budgets so told; where no plan is, the second is of all.
+    """
+    priced = _sober(priced)
+    mid, best = priced.violations("mid"), priced.violations("best")
+    likely, hopeful = np.flatnonzero(mid <= 0), np.flatnonzero(mid + best <= 0)
+    if not len(hopeful):
+        hopeful = np.arange(len(priced.plans))
+    expected = likely[front(priced.costs("mid")[likely])] if len(likely) else likely
+    return expected, hopeful[front(_halfway_costs(priced)[hopeful])]
+
+
+def _sober(priced: Priced) -> Priced:
+    """Return the plans without the hope to be better than the model as it came, which wide intervals of a loss reach."""
+    loss = priced.figures["quality_loss_ratio"]
+    no_gain = replace(loss, low=np.maximum(loss.low, np.minimum(loss.mid, 0.0)))
+    return replace(priced, figures={**priced.figures, "quality_loss_ratio": no_gain})
+
+
+def _halfway_costs(priced: Priced) -> np.ndarray:
+    """Return (plans, objectives): halfway from what is predicted to the optimistic ends."""
+    return (priced.costs("mid") + priced.costs("best")) / 2
+
+
+def added_volume(costs: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return (plans,): the volume each plan alone would add to what dominates already.
+
+    Objectives are scaled by their range among the plans; the volume ends a little beyond the worst of them.
+
+    Args:
+        costs: (plans, objectives), smaller is better; `there`: (others, objectives).
+
+    >>> added_volume(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 0.0]])).tolist()
+    [0.0, 0.0, 0.0]
+    """
+    if not len(costs):
+        return np.zeros(0)
     low, high = costs.min(axis=0), costs.max(axis=0)
-    scaled = (costs - low) / np.where(high > low, high - low, 1.0)
-    return np.linalg.norm(scaled / np.arange(1, costs.shape[1] + 1), axis=1)
-
-
-def _width(priced: Priced) -> np.ndarray:
-    """Return (plans,): the summed relative width of the objectives' intervals."""
-    total = np.zeros(len(priced.plans))
-    for name in priced.problem.objective_metrics:
-        values = priced.figures[name]
-        total += (values.high - values.low) / np.maximum(np.abs(values.mid), 1e-12)
-    return total
+    spread = np.where(high > low, high - low, 1.0)
+    scaled, others = (costs - low) / spread, (there - low) / spread
+    reference = np.full(costs.shape[1], 1.0 + BEYOND_WORST)
+    others = others[front(others)] if len(others) else others
+    return np.array(
+        [np.prod(reference - row) - hypervolume(np.maximum(others, row), reference) for row in scaled]
+    ).clip(min=0.0)  # fmt: skip
 
 
 def _difference(plan: Plan, others: Sequence[Plan]) -> float:
@@ -116,13 +146,37 @@ def _difference(plan: Plan, others: Sequence[Plan]) -> float:
     return min(distance(other) for other in others)
 
 
-def _strangeness(candidates: Priced, pool: Sequence[int], others: Sequence[Plan]) -> np.ndarray:
-    """Return (plans,): minus the difference to the nearest other plan, worked out for the pool alone.
+def _most_novel(candidates: Priced, pool: Sequence[int], seen: Sequence[Plan], there: np.ndarray) -> list[int]:
+    """Return the indices of plans that would teach most, best first.
 
-    Each step costs a little more than the difference a new technique and its setting make: one novelty at a
-    time teaches what that novelty does, and is built sooner.
+    They try one technique, or engine, that no plan has that was seen, or as few as there are: what it does can then be
+    told, and it is built sooner than a heap of them. Of these, those that may add most to what is there. Where nothing
+    new may add anything, the plans of the pool come least like their nearest first.
     """
-    score = np.zeros(len(candidates.plans))
-    for i in pool:
-        score[i] = 1.3 * len(candidates.plans[i].steps) - _difference(candidates.plans[i], others)
-    return score
+    known = {part for plan in seen for part in _parts(plan)}
+    hopeful = np.flatnonzero(candidates.violations("mid") + candidates.violations("best") <= 0)
+    new = np.array([len(_parts(candidates.plans[i]) - known) for i in hopeful], dtype=int)
+    costs = _halfway_costs(candidates)
+    for number in sorted(set(new[new > 0].tolist())):
+        few = hopeful[new == number]
+        few = few[front(costs[few])]
+        if added_volume(costs[few], there).any():
+            return _by_volume(candidates, few, costs, there)
+    differences = {i: _difference(candidates.plans[i], seen) - 1.3 * len(candidates.plans[i].steps) for i in pool}
+    return sorted(pool, key=lambda i: -differences[i])
+
+
+def _by_volume(candidates: Priced, among: np.ndarray, costs: np.ndarray, there: np.ndarray) -> list[int]:
+    """Return plans by the volume they add to what is there, most first.
+
+    Of those that add nearly as much as the best, the shortest comes first: predictions do not tell such plans apart, and
+    what a short one does is known sooner and for more plans.
+    """
+    worth = added_volume(costs[among], there)
+    steps = np.array([len(candidates.plans[i].steps) for i in among])
+    near = worth >= NEARLY * worth.max(initial=0.0)
+    return [int(among[k]) for k in np.lexsort((among, -worth, np.where(near, steps, 0), ~near))]
+
+
+def _parts(plan: Plan) -> set[str]:
+    return {plan.engine, *(step.technique for step in plan.steps)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def _predictable(metric: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Plans and their predictions: `figures[metric]` has arrays mid, low and high of shape (plans,)."""
+    """Plans and their predictions: `figures[metric]` has arrays mid, low, high and perhaps p95 of shape (plans,)."""
 
     problem: Problem
     plans: tuple[Plan, ...]
@@ -78,14 +78,17 @@ class Priced:
         for budget in binding(self.problem.budgets):
             if (column := self.violation(budget, which)) is not None:
                 worst = np.maximum(worst, column)
-        return np.where(np.isfinite(worst), worst, 0.0)
+        return np.where(np.isneginf(worst), 0.0, worst)
 
     def violation(self, budget: Budget, which: str = "mid") -> np.ndarray | None:
         """Return (plans,): one budget's violation, or None when its metric cannot be predicted."""
         if budget.metric not in self.figures:
             return None
         end = {"mid": "mid", "best": "low" if budget.bound == "max" else "high"}[which]
-        return violation(budget, getattr(self.figures[budget.metric], end), self._reference())
+        figures = self.figures[budget.metric]
+        if budget.statistic in ("p95", "p99") and figures.p95 is not None and which == "mid":
+            end = "p95"
+        return violation(budget, getattr(figures, end), self._reference())
 
     def _reference(self) -> Mapping[str, float]:
         if self.problem.baseline or not any(b.relative for b in self.problem.budgets):
@@ -108,7 +111,13 @@ class Priced:
     def take(self, indices: np.ndarray) -> Priced:
         """Return some of the plans, with their figures."""
         figures = {
-            name: type(v)(mid=v.mid[indices], low=v.low[indices], high=v.high[indices])
+            name: replace(
+                v,
+                mid=v.mid[indices],
+                low=v.low[indices],
+                high=v.high[indices],
+                p95=None if v.p95 is None else v.p95[indices],
+            )
             for name, v in self.figures.items()
         }
         return Priced(problem=self.problem, plans=tuple(self.plans[i] for i in indices), figures=figures)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from knowledge_base import rules
+from knowledge_base.engines._serving import side_by_side
 from knowledge_base.registry import engines, techniques
 from knowledge_base.rules import Composition
 from knowledge_base.types import Hardware, Model, Plan, Step, Workload
@@ -29,31 +29,48 @@ class Space:
     """Every legal plan of one problem, without listing them.
 
     `options[engine][family]` holds the steps a plan may take of that family; "none of them" is always allowed.
-    `rules[engine]` judges compositions, knowing the facts of this problem.
+    `rules[engine]` judges compositions, knowing the facts of this problem. A plan has at most `max_steps` steps.
+    `reference`: what all are compared with, where memory does not hold the unchanged model: with some of it on disk.
     """
 
     model_digest: str
     options: dict[str, dict[str, tuple[Step, ...]]]
     rules: Mapping[str, Composition]
     refused: tuple[Refusal, ...] = ()
+    max_steps: int | None = None
+    reference: Plan | None = None
 
     def count(self) -> int:
         """Return how many combinations there are before composition rules; an upper bound of the legal plans."""
-        return sum(math.prod(len(steps) + 1 for steps in families.values()) for families in self.options.values())
+        return sum(sum(self._by_length(families)) for families in self.options.values())
+
+    def _by_length(self, families: Mapping[str, Sequence[Step]]) -> list[int]:
+        """Return how many combinations have no step, one, two, ... as far as a plan may have so many."""
+        counts = [1]
+        for steps in families.values():
+            counts = [fewer + len(steps) * one_less for fewer, one_less in zip([*counts, 0], [0, *counts])]
+        return counts if self.max_steps is None else counts[: self.max_steps + 1]
 
     def fits(self, engine: str, steps: Sequence[Step]) -> bool:
-        """Return whether no rule forbids these steps together, whatever they still need."""
-        return not self.rules[engine].conflict(steps)
+        """Return whether no rule forbids these steps together, nor their number, whatever they still need."""
+        too_many = self.max_steps is not None and len(steps) > self.max_steps
+        return not too_many and not self.rules[engine].conflict(steps)
 
     def plan(self, engine: str, steps: Sequence[Step]) -> Plan | None:
         """Return the plan with its steps in the order the knowledge base gives, or None if a rule forbids it."""
         judge = self.rules[engine]
-        if judge.conflict(steps) or judge.missing(steps):
+        if not self.fits(engine, steps) or judge.missing(steps):
             return None
         return Plan(model_digest=self.model_digest, engine=engine, steps=judge.order(steps))
 
     def unchanged(self, engine: str | None = None) -> Plan:
-        """Return the model as it came, on an engine: the first if None, which is transformers where it can run."""
+        """Return the model as it came, on an engine.
+
+        On the first if None, which is transformers where it can run, and then with some of its weights left on disk where
+        memory does not hold them: the same answers, only slower.
+        """
+        if engine is None and self.reference is not None:
+            return self.reference
         return Plan(model_digest=self.model_digest, engine=engine or next(iter(self.options)))
 
     def each(self) -> Iterator[Plan]:
@@ -83,6 +100,7 @@ def build_space(
     without: Sequence[str] = (),
     calibration: bool = True,
     executable: bool = True,
+    max_steps: int | None = None,
 ) -> Space:
     """Return the space of legal plans for one model, workload and machine.
 
@@ -91,6 +109,7 @@ def build_space(
         only: if given, the techniques to consider; `without`: techniques to leave out.
         calibration: whether calibration text was given.
         executable: leave out what cannot be run here for lack of a package.
+        max_steps: techniques that one plan may use at most; None for any number.
     """
     refused: list[Refusal] = []
     fitting: dict[str, ModuleType] = {}
@@ -101,7 +120,11 @@ def build_space(
             fitting[name] = engines.get(name)
 
     facts = rules.facts(model=model, workload=workload, hardware=hardware, calibration=calibration)
-    judges = {name: rules.composition().knowing({**facts, "engine": name}) for name in fitting}
+    engine_facts = {
+        name: {"engine": name, "engine.slots": "many" if side_by_side(module) else "one"}
+        for name, module in fitting.items()
+    }
+    judges = {name: rules.composition().knowing({**facts, **own}) for name, own in engine_facts.items()}
     uncalibrated = []
     options: dict[str, dict[str, tuple[Step, ...]]] = {name: {} for name in fitting}
     for name, module in techniques.all().items():
@@ -139,6 +162,7 @@ def build_space(
         options={engine: {f: s for f, s in families.items() if s} for engine, families in options.items()},
         rules=judges,
         refused=tuple(refused),
+        max_steps=max_steps,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,23 @@ for _name in [
     if n.startswith("LEANPLAN_") and n not in ("LEANPLAN_ACCEPT", "LEANPLAN_PUBLIC_ROWS", "LEANPLAN_SCREENSHOTS")
 ]:
     del os.environ[_name]
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers, not as many times more
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+MEASURED = ("tests/e2e/", "tests/docs/")  # what runs the command line, which measures
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's; its groups are not kept apart by pytest 9.2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep in one of several test processes what measures: measurements wait for each other, their time limits do not."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneMeasures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "measured" if nodeid.startswith(MEASURED) else nodeid
+
+    return OneMeasures(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +43,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("machine")
     probe(store)
     return store
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """The config.json of an 8-billion-parameter Llama, without weights."""
+    from estimate_runs import CONFIG
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path / "config.json")

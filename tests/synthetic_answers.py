@@ -11,6 +11,7 @@ from knowledge_base.types import Budget, Estimate, Failure, Figure, Measurement,
 from planner import answering
 from planner.judging import judge
 from planner.results import ParetoSet, PlanResult, Rejection
+from planner.run_forecast import Amount, RunForecast
 
 OBJECTIVES = ("tpot_p50", "peak_memory", "quality_loss")
 BUDGETS = (
@@ -135,8 +136,25 @@ def answer(count: int = 12, *, seed: int = 0, name: str = "toy", measured: bool 
             "why_tried": {r.plan.id: "on the predicted front" for r in results}, "seconds": {"validate": 42.0 * count, "finals": 20.0},
             "wall_s": 42.0 * count + 25,
         },
+        forecast=forecast() if measured else None,
         provenance={"versions": {"leanplan": "0.1.0", "torch": "2.13.0"}, "data": "0123456789abcdef", "spec": {"name": "toy", "goal": "serve"}},
     )  # fmt: skip
+
+
+def forecast() -> RunForecast:
+    """Return what a run was expected to take beside what it took: more memory than told, no GPU."""
+    expected = {
+        "candidates": (8.0, 11.0, 12.0, 12.0), "wall_s": (240.0, 480.0, 900.0, 529.0),
+        "peak_memory_bytes": (0.6e9, 0.8e9, 1.1e9, 1.2e9), "peak_device_bytes": (0.0, 0.0, 0.0, 0.0),
+        "disk_bytes": (1e9, 1.5e9, 2e9, 1.8e9), "download_bytes": (0.0, 0.0, 0.0, 0.0),
+    }  # fmt: skip
+    return RunForecast(
+        amounts={
+            name: Amount(low=low, mid=mid, high=high, prior=mid, because="made up", fact=fact)
+            for name, (low, mid, high, fact) in expected.items()
+        },
+        stages_s={"build": Amount(low=60.0, mid=120.0, high=240.0, prior=120.0, because="made up", fact=150.0)},
+    )
 
 
 def reasons_of(result: PlanResult, results: list[PlanResult]) -> tuple[str, ...]:

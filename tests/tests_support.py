@@ -20,5 +20,5 @@ TOY_MACHINE = Hardware(
         ),
     ),
     host_memory_bytes=16 * 2**30, memory_limit_bytes=16 * 2**30, price_usd_per_h=0.1, electricity_usd_per_kwh=0.15,
-    grid_gco2e_per_kwh=400.0, pue=1.1, fingerprint="toy", measured=True,
+    grid_gco2e_per_kwh=400.0, pue=1.1, fingerprint="toy", measured=True, disk_bytes_per_s=2e9,
 )  # fmt: skip

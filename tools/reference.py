@@ -7,21 +7,32 @@ the parser, the table of spec keys, the registries, the data files and the docst
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import re
+import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knowledge_base.types import Model, Plan, Workload
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the generated pages to mkdocs' files."""
-    from mkdocs.structure.files import File
+    """Add the generated pages to mkdocs' files; those of single techniques are found through the page of all."""
+    from mkdocs.structure.files import File, InclusionLevel
 
     for name, page in PAGES.items():
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
+    for name, text in technique_pages().items():
+        path = f"reference/techniques/{name}.md"
+        files.append(File.generated(config, path, content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
@@ -148,7 +159,7 @@ def spec() -> str:
         "`leanplan schema`.\n",
         "## Keys\n", table(("key", "meaning", "may be", "when left out"), keys),
         "## Budgets\n",
-        "A budget's key is a metric, with `_p50` (the default), `_p95` or `_mean` behind it where the metric is sampled.\n",
+        "A budget's key is a metric, with `_p50` (the default), `_p95`, `_p99` or `_mean` behind it where the metric is sampled.\n",
         table(("metric", "limit", "for example", "meaning"), limits),
         "## The commented spec\n", "`leanplan init` writes this:\n",
         f"```yaml\n{specs.template('models/tiny-lm')}```\n",
@@ -192,43 +203,266 @@ def metrics() -> str:
 
 
 def techniques() -> str:
-    from knowledge_base import rules
-    from knowledge_base.metrics import METRICS
     from knowledge_base.registry import techniques as registry
 
     entries = {name: module.TECHNIQUE for name, module in registry.all().items()}
-    overview = [(f"[`{name}`](#{name})", t.stage, t.family, inline(t.summary)) for name, t in entries.items()]
-    parts = [
-        "A plan holds at most one technique of a family and executes its steps in the order of the stages. `saves` and "
-        "`spends` say which way a metric goes; by how much is predicted and then measured. Published figures stand as "
-        "their source gives them, for the source's model and setting.\n",
-        table(("technique", "stage", "family", "what it does"), overview),
+    overview = [
+        (f'<a id="{name}"></a>[`{name}`](techniques/{name}.md)', t.stage, t.family, inline(t.summary))
+        for name, t in entries.items()
     ]
-    for name, t in entries.items():
-        module = registry.get(name)
-        knobs = "; ".join(f"`{k}`: {codes(c.options)} (default `{c.default}`)" for k, c in t.knobs.items())
-        known = {
-            "executes": codes(t.implements), "place in the survey": inline("; ".join(_place(m) for m in t.implements)),
-            "stage, family": f"{t.stage}, {t.family}", "knobs": knobs or "none",
-            "saves": codes(METRICS[m].label for m in t.saves), "spends": codes(METRICS[m].label for m in t.spends),
-            "needs of an engine": codes(sorted(t.needs)), "provides": codes(sorted(t.provides)),
-            "calibration text": "needed" if t.needs_calibration else "not needed",
-            "output": "the unchanged model's, token for token" if t.lossless else "may differ from the unchanged model's",
-            "Python modules": codes(t.modules), "sources": ", ".join(inline(s) for s in t.sources),
-        }  # fmt: skip
-        about = rules.composition().about(name)
-        known["composition rules"] = ", ".join(f"[{r.id}](composition.md#{r.id})" for r in about)
-        parts += [f"## {name}\n", docstring(module), facts(known)]
-        if evidence := getattr(module, "EVIDENCE", ()):
-            rows = [
-                (inline(e.model), inline(e.setting), inline(e.quantity), _number(e.baseline), _number(e.value), inline(e.source))
-                for e in evidence
-            ]  # fmt: skip
-            parts += [
-                "Published figures:\n",
-                table(("model", "setting", "quantity", "before", "after", "source"), rows),
-            ]
-    return page("Techniques", "`knowledge_base/techniques/`", *parts)
+    return page(
+        "Techniques", "`knowledge_base/techniques/`",
+        "A plan holds at most one technique of a family and executes its steps in the order of the stages. Each has a page: "
+        "what it does, its settings, what it needs and refuses, what it changes, what was published and what was measured.\n",
+        table(("technique", "stage", "family", "what it does"), overview),
+    )  # fmt: skip
+
+
+def technique_pages() -> dict[str, str]:
+    """Return a page for each technique there is, by name."""
+    from benchmarks import techniques as measured
+    from knowledge_base.registry import techniques as registry
+
+    kept = measured.load()
+    plans = _legal_plans()
+    return {name: _technique(name, module, plans.get(name, []), kept) for name, module in registry.all().items()}
+
+
+def _technique(
+    name: str, module: ModuleType, plans: Sequence[tuple[Model, Sequence[Plan]]], kept: Mapping[str, Any]
+) -> str:
+    from knowledge_base import rules
+    from knowledge_base.metrics import METRICS
+    from knowledge_base.registry import engines as engine_registry
+
+    t = module.TECHNIQUE
+    offering = [e for e, engine in engine_registry.all().items() if t.needs <= engine.ENGINE.offers]
+    about = rules.composition().about(name)
+    does = {
+        "in short": inline(t.summary), "stage, family": f"{t.stage}, {t.family}", "executes": codes(t.implements),
+        "place in the survey": inline("; ".join(_place(m) for m in t.implements)),
+        "saves": codes(METRICS[m].label for m in t.saves), "spends": codes(METRICS[m].label for m in t.spends),
+        "output": "the unchanged model's, token for token" if t.lossless else "may differ from the unchanged model's",
+        "sources": ", ".join(inline(s) for s in t.sources),
+    }  # fmt: skip
+    needs = {
+        "engines": codes(offering) or "none here offers what it needs", "needs of an engine": codes(sorted(t.needs)),
+        "provides for other steps": codes(sorted(t.provides)),
+        "calibration text": "needed" if t.needs_calibration else "not needed", "Python modules": codes(t.modules),
+        "composition rules": ", ".join(f"[{r.id}](../composition.md#{r.id})" for r in about),
+    }  # fmt: skip
+    knobs = [(code(knob), codes(choice.options), code(choice.default)) for knob, choice in t.knobs.items()]
+    refusals = [f"- {inline(sentence)}" for sentence in _refusals(module)]
+    return page(
+        name, f"`knowledge_base/techniques/{name}.py`", docstring(module), facts(does),
+        "## Settings\n", table(("knob", "may be", "when left out"), knobs) if knobs else "It has none.\n",
+        "## What it needs\n", facts(needs),
+        "## When it is refused\n", "\n".join(["In the words of its file, … for what depends on model and setting:\n", *refusals, ""]) if refusals else "No model and no setting is refused.\n",
+        "## What it changes\n", _demands(name, plans),
+        "## What was published\n", _published(module),
+        "## What was measured\n", _measured(name, kept),
+    )  # fmt: skip
+
+
+def _refusals(module: ModuleType) -> list[str]:
+    """Return the sentences with which a technique's file refuses, what is filled in left as dots."""
+    found: dict[str, None] = {}
+    for name in ("rejects", "legal"):
+        if function := getattr(module, name, None):
+            found |= dict.fromkeys(_returned(function))
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CandidateFailed":
+            kind, text = node.args[:2]
+            if isinstance(kind, ast.Constant) and kind.value == "unsupported":
+                found |= dict.fromkeys(_sentences(text))
+    return [sentence for sentence in found if sentence]
+
+
+def _returned(function: Callable[..., Any]) -> list[str]:
+    """Return the sentences a function of the techniques returns, its own and those of the functions it asks."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    scope = dict(vars(inspect.getmodule(function) or ast))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            scope |= {alias.asname or alias.name: _found(node.module, alias.name) for alias in node.names}
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and node.value is not None:
+            found += _sentences(node.value)
+        if isinstance(node, ast.Call):
+            asked = _called(node.func, scope)
+            if inspect.isfunction(asked) and asked is not function and asked.__name__.startswith("why"):
+                found += _returned(asked)
+    return found
+
+
+def _found(module: str, name: str) -> Any:
+    """Return what `from module import name` binds."""
+    parent = importlib.import_module(module)
+    return getattr(parent, name) if hasattr(parent, name) else importlib.import_module(f"{module}.{name}")
+
+
+def _called(node: ast.expr, scope: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name):
+        return scope.get(node.id)
+    return getattr(_called(node.value, scope), node.attr, None) if isinstance(node, ast.Attribute) else None
+
+
+def _sentences(node: ast.expr) -> list[str]:
+    """Return the texts an expression may be."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)]
+    if isinstance(node, ast.IfExp):
+        return [*_sentences(node.body), *_sentences(node.orelse)]
+    if isinstance(node, ast.BoolOp):
+        return [sentence for value in node.values for sentence in _sentences(value)]
+    return []
+
+
+# Sizes as the models' config.json have them.
+_DENSE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_SHAPES = {
+    "a Llama of 8 B parameters": _DENSE,
+    "a Llama of 1 B parameters, tied embeddings, float32": _DENSE | {
+        "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    },
+    "a Mixtral of 8 experts, 47 B parameters": _DENSE | {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 32000, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+def _legal_plans() -> dict[str, list[tuple[Model, Workload, list[Plan]]]]:
+    """Return some settings of each technique as legal plans, on each of the shapes it can be used on, and for what load."""
+    from benchmarks import techniques as measured
+    from cost_models.catalogue import find_machine
+    from knowledge_base.registry import engines as engine_registry
+    from knowledge_base.types import Workload
+    from planner.reading import read_model
+    from search.space import build_space
+
+    found: dict[str, list[tuple[Model, Workload, list[Plan]]]] = {}
+    alone = Workload(prompt_tokens=512, output_tokens=128, concurrency=32)
+    loaded = Workload(prompt_tokens=512, output_tokens=128, requests_per_s=1.0, shared_prefix_tokens=256, turns=2)
+    processor = dataclasses.replace(find_machine("epyc-9554:384GB"), disk_bytes_per_s=3e9)
+    models = []
+    for title, config in _SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            models.append(dataclasses.replace(read_model(str(path), weights="optional").model, name=title))
+    models.append(
+        read_model(str(Path(__file__).resolve().parents[1] / "models" / "tiny-lm")).model
+    )  # the one with a draft beside it
+    for machine, workload in ((processor, alone), (find_machine("h100-sxm"), alone), (processor, loaded)):
+        for model in models:
+            space = build_space(model, workload, machine, engine_names=engine_registry.names(), executable=False)
+            for name, plans in measured.plans_of(space, space.refused)[0].items():
+                if (machine, workload) == (processor, alone) or name not in found:
+                    found.setdefault(name, []).append((model, dataclasses.replace(workload, concurrency=1), plans))
+    return found
+
+
+def _demands(name: str, plans: Sequence[tuple[Model, Workload, Sequence[Plan]]]) -> str:
+    """Return what a technique makes of the demand of the first of the models on which it changes anything."""
+    told = next(filter(None, (_demand(name, *found) for found in plans)), None)
+    return told or "Nothing in what the models tried here ask of a machine.\n"
+
+
+def _demand(name: str, model: Model, workload: Workload, plans: Sequence[Plan]) -> str | None:
+    """Return as a table what a technique makes of a model's demand, from which everything is predicted; None: nothing."""
+    from cost_models.demand import demand_chain
+    from knowledge_base.types import Demand
+    from planner.schemas import _remarks
+
+    columns, told = {}, {}
+    for plan in plans:
+        number = next(i for i, step in enumerate(plan.steps) if step.technique == name)
+        before, after = (demand for _, demand in demand_chain(plan, model, workload)[number : number + 2])
+        setting = ", ".join(f"{k}={v}" for k, v in plan.steps[number].knobs.items()) or name
+        columns[setting] = (before, after)
+        told[setting] = "; ".join(after.because[len(before.because) :])
+    beside = " + ".join(str(step) for step in plans[0].steps if step.technique != name)
+    rows = []
+    for field in (f.name for f in dataclasses.fields(Demand)):
+        pairs = [(getattr(b, field), getattr(a, field)) for b, a in columns.values()]
+        if isinstance(pairs[0][1], float | int | str) and any(b != a for b, a in pairs):
+            changes = [_change(field, *pair) for pair in pairs]
+            rows.append((code(field), inline(_remarks(Demand).get(field, "")), _amount(field, pairs[0][0]), *changes))
+    if not rows:
+        return None
+    heads = ("demand", "meaning", "before", *(inline(setting) for setting in columns))
+    of = f"Of what {inline(model.name)} asks of any machine ([what is predicted](../../concepts/predicting.md))"
+    lines = [f"- {inline(setting)}: {inline(why)}" for setting, why in told.items() if why]
+    return f"{of}{f', beside {code(beside)}' if beside else ''}:\n\n{table(heads, rows)}\n" + "\n".join([*lines, ""])
+
+
+def _amount(field: str, value: Any) -> str:
+    from knowledge_base import units
+
+    if value is None or isinstance(value, str):
+        return code(value or "none")
+    return units.format(value, "bytes") if "bytes" in field else f"{value:.3g}"
+
+
+def _change(field: str, before: Any, after: Any) -> str:
+    if before == after:
+        return "="
+    if isinstance(before, float | int) and isinstance(after, float | int) and before:
+        ratio = f"{after / before:.3g}"
+        return "=" if ratio == "1" else f"×{ratio}"
+    return _amount(field, after)
+
+
+def _published(module: ModuleType) -> str:
+    from knowledge_base.field import field
+
+    known = field()
+    rows = [
+        (
+            inline(e.model),
+            inline(e.setting),
+            inline(e.quantity),
+            _number(e.baseline),
+            _number(e.value),
+            inline(e.source),
+        )
+        for e in getattr(module, "EVIDENCE", ())
+    ]
+    more = []
+    for method in module.TECHNIQUE.implements:
+        link = f"[{inline(known.method(method).name)}](../knowledge.md#{method})"
+        if count := len(known.evidence_of(method)):
+            more.append(f"Figures of {link} in the knowledge base: {count}, told by `leanplan explain {method}`.\n")
+        else:
+            more.append(f"No figure of {link} in the knowledge base.\n")
+    heads = ("model", "setting", "quantity", "before", "after", "source")
+    stand = "As their source gives them, for the source's model and setting:\n"
+    return "\n".join([*([stand, table(heads, rows)] if rows else []), *more])
+
+
+def _measured(name: str, kept: Mapping[str, Any]) -> str:
+    """Return the rows of benchmarks/techniques.json that are of one technique."""
+    from benchmarks import techniques as measured
+
+    parts = []
+    for model, found in kept.items():
+        if name in found["rows"]:
+            shown = measured.as_markdown(found, quality=measured.SUBJECTS[model].quality, only=name)
+            note = f" ({inline(found['note'])})" if found["note"] else ""
+            parts.append(f"On {inline(found['model'])}{note}, {inline(found['machine'])}, {found['date']}:\n\n{shown}")
+        elif why := found["left_out"].get(name):
+            parts.append(f"Not on {inline(found['model'])}: {inline(why)}.\n")
+    here = f"On a machine of one's own: `leanplan explain {name}`, once a run has measured it.\n"
+    return "\n".join([*(parts or ["Not by `benchmarks/techniques.py` yet.\n"]), here])
 
 
 def _place(method: str) -> str:
@@ -279,7 +513,11 @@ def cost_terms() -> str:
         uses = f"Uses {codes(term.USES)}.\n" if term.USES else ""
         parts += [f"## {name}\n", docstring(term), docstring(term.predict), uses]
     parts += ["## The physics\n", docstring(roofline), *(docstring(f) for f in _functions(roofline))]
-    parts += ["## Priors\n", docstring(efficiency), *(_data(n) for n in ("efficiencies.csv", "engine_overheads.csv"))]
+    parts += [
+        "## Priors\n",
+        docstring(efficiency),
+        *(_data(n) for n in ("efficiencies.csv", "engine_overheads.csv", "engine_memory.csv", "host_links.csv")),
+    ]
     parts += ["## Corrections\n", docstring(calibration), docstring(calibrate), docstring(calibrate.conformal_quantile)]
     return page("Cost terms", "`cost_models/`", *parts)
 
@@ -524,22 +762,36 @@ def papers() -> str:
 
 def accuracy() -> str:
     from benchmarks import prediction_error
+    from tools import error_tables
 
-    known = json.loads((prediction_error.HERE / "prediction_error.json").read_text(encoding="utf-8"))
-    parts = [
-        part
-        for title in ("committed rows", "all rows")
-        for part in (
-            f"## {title.capitalize()}\n",
-            f"{known[title]['rows']} measurements.\n",
+    home = prediction_error.HERE
+    known, machine = (
+        json.loads((home / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("prediction_error", "calibration_error")
+    )
+    parts = []
+    for title in ("committed rows", "all rows"):
+        missed = [tuple(map(inline, miss.cells)) for miss in error_tables.missed(known[title])]
+        parts += [
+            f"## {title.capitalize()}\n", f"{known[title]['rows']} measurements.\n",
+            "### Targets missed, and the term to blame\n",
+            table(error_tables.HEADS, missed) if missed else "None.\n",
             prediction_error.as_markdown(known[title]),
-        )
-    ]
+        ]  # fmt: skip
+    heads = ("quantity", "n", *error_tables.MACHINE_KNOWS.values(), "target", "missed by", "term to blame")
+    trained = ("figure", "n", "median error", "quartiles", "80 % intervals hold", "target", "missed by", "term to blame")  # fmt: skip
     return page(
         "Errors of predictions", "`benchmarks/prediction_error.json`", docstring(prediction_error),
-        "Committed rows are those under open licences; all rows are with those that may not be shipped. What is missed, and "
-        "which term is to blame: `benchmarks/README.md`.\n",
+        "Committed rows are those under open licences; all rows are with those that may not be shipped. More on what is "
+        "missed: `benchmarks/README.md`.\n",
         *parts,
+        "## This machine, after a calibration of a minute\n",
+        "Median errors of `benchmarks/calibration_error.json`: random models of 20, 60 and 150 million parameters, never the "
+        "one that is judged. The target is that of a calibration.\n",
+        table(heads, error_tables.on_this_machine(machine)),
+        "## Fine-tuning\n",
+        "Published runs against what is predicted of them now (`benchmarks/training_error.py`).\n",
+        table(trained, error_tables.of_finetuning()),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ class Prediction:
     themselves, so it is kept as it is when this term is.
     `parts`: what the value is made of; where there are any, they add up to `mid`.
     `note`: a clause on what was assumed, the same for all plans.
+    `p95`: 95th percentile over requests, where waiting makes them differ; None where all are alike.
     """
 
     mid: Any
@@ -27,6 +28,7 @@ class Prediction:
     inherited_log_sd: Any = 0.0
     parts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    p95: Any = None
 
 
 def total(

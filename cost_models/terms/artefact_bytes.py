@@ -18,6 +18,7 @@ TOKENIZER_BYTES_PER_ENTRY = 65.0  # tokenizer.json of byte-level BPE: 64 at 4,09
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return stored weights + tokenizer."""
-    parts = {"weights": weights_bytes(case), "tokenizer": TOKENIZER_BYTES_PER_ENTRY * case.model.vocab_size}
+    unpacked = case.demand.linear_bytes * (1 - case.demand.disk_share)  # in memory only
+    parts = {"weights": weights_bytes(case) - unpacked, "tokenizer": TOKENIZER_BYTES_PER_ENTRY * case.model.vocab_size}
     mid = parts["weights"] + parts["tokenizer"]
     return Prediction(mid=mid, log_sd=np.full_like(mid, 0.02), parts=parts)

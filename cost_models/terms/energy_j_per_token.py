@@ -29,6 +29,7 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     Raises:
         EnvironmentProblem: the device has neither a known power nor a core count to model one from.
     """
+    case.need_decoding()
     idle_w, busy_w, doubt, note = device_power(case.device)
     latency = used["latency_s"]
     read, flop = request_work(case)
@@ -61,4 +62,5 @@ def device_power(device: Device) -> tuple[float, float, float, str]:
             f"the power of `{device.name}` is not known, so energy cannot be predicted",
             hint="leave out energy and carbon budgets and objectives, or plan for a machine with a known power",
         )
-    return device.idle_w or IDLE_RATIO[device.kind] * busy, busy, doubt, note
+    idle = IDLE_RATIO[device.kind] * busy if device.idle_w is None else device.idle_w
+    return idle, busy, doubt, note

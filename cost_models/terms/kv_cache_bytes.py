@@ -16,5 +16,6 @@ USES: tuple[str, ...] = ()
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return batch x (tokens kept x bytes for each token + state bytes)."""
+    case.need_decoding()
     mid = cache_bytes(case)
     return Prediction(mid=mid, log_sd=np.full_like(mid, 0.05))

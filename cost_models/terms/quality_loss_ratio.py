@@ -10,6 +10,7 @@ from cost_models.terms._prediction import Prediction
 QUANTITY = "quality_loss_ratio"
 USES: tuple[str, ...] = ()
 SHIFT = 1.0  # intervals and corrections act on log(1 + loss): losses of steps multiply as perplexity ratios
+NEVER_BELOW_NONE = True  # no correction makes of a loss a gain
 LEARNS = "quality"  # what is learned belongs to the steps, not to machine or engine
 
 

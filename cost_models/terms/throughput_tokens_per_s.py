@@ -13,6 +13,7 @@ USES: tuple[str, ...] = ("latency_s",)
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return batch x output_tokens / latency: batches follow one another without a gap."""
+    case.need_decoding()
     latency = used["latency_s"]
     rate = case.demand.batch * case.workload.output_tokens / latency.mid
     return Prediction(mid=rate, log_sd=latency.log_sd, inherited_log_sd=latency.log_sd)

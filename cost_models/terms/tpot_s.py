@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cost_models import offloading
 from cost_models.case import Case
 from cost_models.roofline import decode_parts
 from cost_models.terms._prediction import Prediction, total
@@ -19,13 +20,17 @@ ACCEPTANCE_LOG_SD = 0.5  # of the gain from speculation: it depends on the text
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     """Return step seconds / tokens kept for each step."""
+    case.need_decoding()
     kept = case.demand.tokens_per_step
     parts = {name: part / kept for name, part in decode_parts(case).items()}
-    step = total(parts, {"engine overhead": case.rates.overhead_log_sd, "KV cache": 0.5}, case.rates.weights_log_sd)
+    doubts = {"engine overhead": case.rates.overhead_log_sd, "KV cache": 0.5, offloading.PART: 0.0}
+    step = total(parts, doubts, case.rates.weights_log_sd)
     acceptance = ACCEPTANCE_LOG_SD * np.log(np.maximum(kept, 1.0))
+    machine = np.hypot(MACHINE_LOG_SD, offloading.log_sd(case, kept * step.mid))
     return Prediction(
         mid=step.mid,
-        log_sd=np.hypot(np.hypot(step.log_sd, MACHINE_LOG_SD), acceptance),
+        log_sd=np.hypot(np.hypot(step.log_sd, machine), acceptance),
         step_log_sd=acceptance,
         parts=parts,
+        note=offloading.note(case),
     )

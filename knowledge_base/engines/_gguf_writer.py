@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from knowledge_base.types import Session
 
 _TYPES = {
     "f32": abi.F32, "f16": abi.F16, "bf16": abi.BF16, "q8_0": abi.Q8_0, "q6_k": abi.Q6_K, "q5_k": abi.Q5_K,
-    "q5_1": abi.Q5_1, "q5_0": abi.Q5_0, "q4_k": abi.Q4_K, "q4_0": abi.Q4_0, "q3_k": abi.Q3_K,
+    "q5_1": abi.Q5_1, "q5_0": abi.Q5_0, "q4_k": abi.Q4_K, "q4_0": abi.Q4_0, "q3_k": abi.Q3_K, "q2_k": abi.Q2_K,
+    "iq4_nl": abi.IQ4_NL, "iq4_xs": abi.IQ4_XS, "iq3_s": abi.IQ3_S,
 }  # fmt: skip
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
     "q5_k": gguf.LlamaFileType.MOSTLY_Q5_K_S, "q4_k": gguf.LlamaFileType.MOSTLY_Q4_K_S,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0, "q3_k": gguf.LlamaFileType.MOSTLY_Q3_K_S,
+    "q2_k": gguf.LlamaFileType.MOSTLY_Q2_K, "iq4_nl": gguf.LlamaFileType.MOSTLY_IQ4_NL,
+    "iq4_xs": gguf.LlamaFileType.MOSTLY_IQ4_XS, "iq3_s": gguf.LlamaFileType.MOSTLY_IQ3_S,
 }  # fmt: skip
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -39,6 +42,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_TOKENIZERS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
+
+
+LEAST_IMPORTANCE = 1e-6  # of the largest: a block of columns that calibration never used still has scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,7 @@ def write(session: Session, path: Path) -> None:
     _describe(writer, config, architecture, session)
     _add_tokenizer(writer, session, model.get_input_embeddings().weight.shape[0])
     library = abi.library()
+    importance = _importance(session, architecture) if session.storage.get("gguf_importance") else {}
     for name, tensor in tensors.items():
         shape = _bytes_shape(library, tensor.shape, types[name])
         kind = gguf.GGMLQuantizationType(_TYPES[types[name]])
@@ -102,10 +109,27 @@ def write(session: Session, path: Path) -> None:
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(abi.cores()) as pool:
             for done, (name, tensor) in enumerate(tensors.items()):
-                writer.write_tensor_data(_encode(library, pool, name, tensor, types[name]))
+                encoded = _encode(library, pool, name, tensor, types[name], importance.get(name))
+                writer.write_tensor_data(encoded)
                 session.progress("write model.gguf", (done + 1) / len(tensors))
     finally:
         writer.close()
+
+
+def write_draft(session: Session, path: Path) -> None:
+    """Write the draft model a session takes along, in the type its own model is stored in.
+
+    Raises:
+        CandidateFailed: as `write`; "build_error", it is no longer where the technique found it.
+    """
+    from knowledge_base.engines._torch_drafting import read_model
+
+    try:
+        model = read_model(Path(session.storage["draft"]))
+    except OSError as error:
+        raise CandidateFailed("build_error", f"the draft cannot be read: {error}") from error
+    storage = {name: value for name, value in session.storage.items() if name == "gguf_type"}
+    write(replace(session, model=model, storage=storage, notes={}), path)
 
 
 def _unsupported(what: str) -> CandidateFailed:
@@ -123,6 +147,8 @@ def _check(config: Any, architecture: _Architecture) -> None:
         )
     if config.model_type == "gpt2" and (not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx):
         raise _unsupported("gpt2 with unusual attention scaling")
+    if config.model_type == "qwen2" and config.num_attention_heads * _head_size(config) != config.hidden_size:
+        raise _unsupported("qwen2 whose heads together are not as wide as its hidden state")
 
 
 def _tensors(model: Any, architecture: _Architecture) -> dict[str, torch.Tensor]:
@@ -134,8 +160,10 @@ def _tensors(model: Any, architecture: _Architecture) -> dict[str, torch.Tensor]
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    from knowledge_base.techniques._kinds import resized
+
     config = model.config
-    names = gguf.get_tensor_name_map(_ARCHITECTURE_IDS[architecture.name], config.num_hidden_layers)
+    names = _names(config, architecture)
     transposed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D)}
     plain = (nn.Linear, nn.Embedding, Conv1D)
     odd = [
@@ -143,6 +171,7 @@ def _tensors(model: Any, architecture: _Architecture) -> dict[str, torch.Tensor]
         if "weight" not in dict(m.named_parameters(recurse=False)) and any(True for _ in m.parameters(recurse=False))
     ]  # fmt: skip
     odd += [n for n, m in model.named_modules() if hasattr(m, "kind") and not isinstance(m, plain)]
+    odd += [n for n, m in model.named_modules() if resized(m)]  # one size for all layers is all the header holds
     if odd:
         raise _unsupported(f"the module `{odd[0]}` ({type(model.get_submodule(odd[0])).__name__})")
     table = model.get_input_embeddings().weight
@@ -168,6 +197,34 @@ def _tensors(model: Any, architecture: _Architecture) -> dict[str, torch.Tensor]
 
 
 _ARCHITECTURE_IDS = {name: id_ for id_, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def _names(config: Any, architecture: _Architecture) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(_ARCHITECTURE_IDS[architecture.name], config.num_hidden_layers)
+
+
+def _importance(session: Session, architecture: _Architecture) -> dict[str, numpy.ndarray]:
+    """Return float32 (columns,) for each matrix of the layers by GGUF name: the mean square of what enters a column.
+
+    Raises:
+        CandidateFailed: no calibration text.
+    """
+    from knowledge_base.techniques._blocks import Matrix, each_layer
+
+    model = session.model
+    full_names = {id(module): name for name, module in model.named_modules()}
+    names = _names(model.config, architecture)
+    found: dict[str, numpy.ndarray] = {}
+
+    def take(index: int, layer: Any, matrices: list[Matrix]) -> None:
+        for matrix in matrices:
+            means = (matrix.inputs.squares / matrix.inputs.rows).cpu()
+            if (largest := float(means.max())) > 0:  # of equal weights, else, is what none means
+                stored = str(names.get_name(f"{full_names[id(matrix.module)]}.weight", try_suffixes=(".weight",)))
+                found[stored] = means.clamp(min=LEAST_IMPORTANCE * largest).numpy()
+
+    each_layer(session, take, full=False, label="importance of columns", same=True)
+    return found
 
 
 def _interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -248,9 +305,17 @@ def _bytes_shape(library: abi.Library, shape: Sequence[int], type: str) -> tuple
 
 
 def _encode(
-    library: abi.Library, pool: ThreadPoolExecutor, name: str, tensor: torch.Tensor, type: str
+    library: abi.Library,
+    pool: ThreadPoolExecutor,
+    name: str,
+    tensor: torch.Tensor,
+    type: str,
+    importance: numpy.ndarray | None = None,
 ) -> numpy.ndarray:
     """Return the tensor's bytes in `type`, (rows, bytes for each row), quantised by llama.cpp's own code.
+
+    Args:
+        importance: float32 (columns,), by which errors are weighted; None for all alike.
 
     Raises:
         CandidateFailed: "non_finite", a weight is not finite or, for float16, out of range.
@@ -264,11 +329,12 @@ def _encode(
     rows = values.reshape(-1, values.shape[-1])
     out = numpy.empty(_bytes_shape(library, rows.shape, type), numpy.uint8)
     columns = rows.shape[1]
+    weights = None if importance is None else importance.ctypes.data
 
     def quantise(part: range) -> None:
         # The addresses are those of this part's first row; the call writes its rows only.
         library.ggml_quantize_chunk(
-            _TYPES[type], rows[part.start :].ctypes.data, out[part.start :].ctypes.data, 0, len(part), columns, None
+            _TYPES[type], rows[part.start :].ctypes.data, out[part.start :].ctypes.data, 0, len(part), columns, weights
         )
 
     list(pool.map(quantise, _parts(len(rows), max(1, 2**18 // columns))))

@@ -1,19 +1,22 @@
-"""A GGUF file opened by llama.cpp: greedy generation, full logits and exact memory, through its C interface."""
+"""A GGUF file opened by llama.cpp: greedy generation, drafts, full logits and exact memory, through its C interface."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from ctypes import c_int8, c_int32
 from pathlib import Path
 
 import numpy
 
 from knowledge_base.engines import _llama_abi as abi
-from knowledge_base.engines._running import Generation
+from knowledge_base.engines._drafting import Drafter, ModelDrafts, PromptLookup, passes
+from knowledge_base.engines._running import GREEDY, Generation, Sampling, require
+from knowledge_base.engines._sampling import Sampler
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem
 
 CELLS = 256  # llama.cpp pads the cache of each sequence to this
@@ -29,10 +32,15 @@ class LlamaRunning:
     Weights are read into private memory, not mapped, so that the process's memory shows them. A float32 file keeps
     a float32 KV cache and plain attention, so an unchanged model computes what it did (flash attention rounds keys
     and values to float16); any other file gets llama.cpp's default, float16. `kv_bits` needs flash attention.
+    With `drafted`, so many tokens are guessed at once and checked in one batch: what the text repeats, else what the model
+    in the file `draft` takes to be likeliest, whose cache is not quantised.
     """
 
-    def __init__(self, path: Path, *, threads: int | None, kv_bits: int | None) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None, kv_bits: int | None, drafted: int = 0, draft: Path | None = None
+    ) -> None:
         self._library = library = abi.library()
+        self._draft: LlamaRunning | None = None
         self._model: int | None = None
         self._context: int | None = None
         self._threads = threads or abi.cores()
@@ -70,13 +78,18 @@ class LlamaRunning:
         self._cell_bytes = 2 * self._layers * library.ggml_row_size(self._cache_type, heads * size)
         self._kv_bytes = 0
         self._room = (0, 0, 0)  # sequences, tokens of each, outputs that the open context has room for
+        self._length = 0  # tokens in the cache, of a text that is read alone
+        self._drafted = drafted
+        self._drafters: list[Drafter] = [PromptLookup()] if drafted else []
+        if draft:
+            self._draft_with(draft)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
         """Continue equal-length prompts greedily as one batch; see `Running.generate`."""
         start = time.perf_counter()
-        if new_tokens < 1:
-            raise BadInput(f"{new_tokens} new tokens", hint="ask for at least one")
         self._check(prompts, new_tokens)
+        if self._drafters:
+            return self._generate_drafted(prompts, new_tokens, start)
         count, length = len(prompts), len(prompts[0])
         self._open_context(count, length + new_tokens, count)
         batch = self._batch
@@ -103,9 +116,56 @@ class LlamaRunning:
         tokens = [[column[row] for column in columns] for row in range(count)]
         return Generation(tokens=tokens, ttft_s=first - start, total_s=end - start, steps=new_tokens - 1)
 
+    @property
+    def context_tokens(self) -> int | None:
+        """See `Running.context_tokens`."""
+        return self._limit
+
+    def stream(
+        self, prompt: Sequence[int], new_tokens: int, *, sampling: Sampling = GREEDY, stop: Collection[int] = ()
+    ) -> Iterator[int]:
+        """Continue one prompt token by token; see `Running.stream`. Only greedy answers are drafted."""
+        self._check([prompt], new_tokens)
+        drafted = self._drafters and sampling.temperature == 0
+        tokens = self._drafted_tokens(prompt, new_tokens) if drafted else self._drawn(prompt, new_tokens, sampling)
+        return _until(tokens, frozenset(stop))
+
+    def _drawn(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        sampler, unread = Sampler(sampling), prompt
+        self._begin(len(prompt) + new_tokens, 1)
+        for _ in range(new_tokens):
+            token = sampler.draw(self._read(unread, 1)[0])
+            yield token
+            unread = [token]
+
+    def _generate_drafted(self, prompts: Sequence[Sequence[int]], new_tokens: int, start: float) -> Generation:
+        if len(prompts) > 1:
+            raise BadInput("with drafts one prompt runs at a time", hint="give one prompt")
+        tokens: list[int] = []
+        times = []
+        for added in self._passes(prompts[0], new_tokens):
+            times.append(time.perf_counter())
+            tokens += added
+        return Generation(tokens=[tokens], ttft_s=times[0] - start, total_s=times[-1] - start, steps=len(times) - 1)
+
+    def _drafted_tokens(self, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        return itertools.chain.from_iterable(self._passes(prompt, new_tokens))
+
+    def _passes(self, prompt: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
+        """Yield the tokens each pass adds: the prompt's the first, a drafted one those it keeps."""
+        self._begin(len(prompt) + new_tokens, 1 + self._drafted)
+        if self._draft:
+            self._draft._begin(len(prompt) + new_tokens, 1)
+        first = int(self._read(prompt, 1)[0].argmax())
+        yield [first]
+        yield from passes(
+            self._drafters, self._drafted, check=lambda tokens: self._read(tokens, len(tokens)).argmax(axis=1).tolist(),
+            take_back=self._take_back, prompt=prompt, cache=None, first=first, new_tokens=new_tokens - 1,
+        )  # fmt: skip
+
     def log_probs(self, tokens: Sequence[int]) -> numpy.ndarray:
         """Return float32 (len(tokens), vocabulary) log-softmax rows; see `Running.log_probs`."""
-        self._check([tokens], 0)
+        self._check([tokens], 0, least=0)
         chunk = min(CHUNK_TOKENS, len(tokens), max(1, LOGITS_BYTES // (4 * self.vocabulary)))
         self._open_context(1, len(tokens), chunk)
         result = numpy.empty((len(tokens), self.vocabulary), numpy.float32)
@@ -120,12 +180,18 @@ class LlamaRunning:
         return result
 
     def memory(self) -> dict[str, int]:
-        """Return exact `weights_bytes` and the last generate's `kv_cache_bytes`."""
+        """Return exact `weights_bytes` and the last generate's `kv_cache_bytes`, those of a draft counted in."""
         self._check_open()
-        return {"weights_bytes": self._weights_bytes, "kv_cache_bytes": self._kv_bytes}
+        draft = self._draft.memory() if self._draft else {"weights_bytes": 0, "kv_cache_bytes": 0}
+        return {
+            "weights_bytes": self._weights_bytes + draft["weights_bytes"],
+            "kv_cache_bytes": self._kv_bytes + draft["kv_cache_bytes"],
+        }
 
     def close(self) -> None:
-        """Free context and model."""
+        """Free context and model, and those of a draft."""
+        if self._draft is not None:
+            self._draft.close()
         if self._context is not None:
             self._library.llama_free(self._context)
             self._context = None
@@ -134,6 +200,64 @@ class LlamaRunning:
             self._model = None
 
     # ---------------------------------------------------------------- inside
+
+    def _draft_with(self, path: Path) -> None:
+        """Open a draft model beside this one.
+
+        Raises:
+            CandidateFailed: "load_error", it cannot be opened; "unsupported", another vocabulary or a shorter context.
+        """
+        try:
+            self._draft = draft = LlamaRunning(path, threads=self._threads, kv_bits=None)
+            if draft.vocabulary != self.vocabulary:
+                wrong = (
+                    f"has {draft.vocabulary} tokens, the model {self.vocabulary}: both must mean the same by a token"
+                )
+            elif draft._limit < self._limit:
+                wrong = f"reads {draft._limit} tokens at most, the model {self._limit}"
+            else:
+                wrong = ""
+            if wrong:
+                raise CandidateFailed(
+                    "unsupported", f"the draft {wrong}", hint="give another draft, or plan without one"
+                )
+        except CandidateFailed:
+            self.close()
+            raise
+        self._drafters.append(ModelDrafts(_DraftReader(draft), draft._weights_bytes / self._weights_bytes))
+
+    def _begin(self, tokens: int, outputs: int) -> None:
+        """Start another text, alone in the context, of at most so many tokens."""
+        self._open_context(1, tokens, outputs)
+        self._length = self._kv_bytes = 0
+
+    def _read(self, tokens: Sequence[int], outputs: int) -> numpy.ndarray:
+        """Read on; return the logits (outputs, vocabulary) after the last tokens, valid until the next call."""
+        count = len(tokens)
+        self._batch.fill(
+            numpy.asarray(tokens, numpy.int32), positions=numpy.arange(self._length, self._length + count),
+            sequences=numpy.zeros(count, int),
+        )  # fmt: skip
+        self._batch.wanted[: count - outputs] = 0
+        self._batch.wanted[count - outputs : count] = 1
+        logits = self._decode(outputs)
+        self._set_length(self._length + count)
+        return logits
+
+    def _take_back(self, count: int) -> None:
+        """Forget the last tokens that were read."""
+        if not count:
+            return
+        memory = self._library.llama_get_memory(self._context)
+        if not self._library.llama_memory_seq_rm(memory, 0, self._length - count, -1):
+            raise CandidateFailed(
+                "unsupported", "llama.cpp cannot take back tokens of this model", hint="plan without drafts"
+            )
+        self._set_length(self._length - count)
+
+    def _set_length(self, length: int) -> None:
+        self._length = length
+        self._kv_bytes = length * self._cell_bytes
 
     def _open_context(self, sequences: int, tokens: int, outputs: int) -> None:
         """Make sure the context has that much room and is empty; a larger one stays for smaller requests."""
@@ -210,24 +334,38 @@ class LlamaRunning:
         if self._model is None:
             raise RuntimeError("this artefact was closed")
 
-    def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, least: int = 1) -> None:
         self._check_open()
-        lengths = {len(prompt) for prompt in prompts}
-        if len(lengths) != 1 or 0 in lengths:
-            raise BadInput(
-                f"prompts of {sorted(lengths)} tokens cannot be run as one batch",
-                hint="give at least one prompt, all of one length of at least one token",
-            )
-        total = lengths.pop() + new_tokens
-        if total > self._limit:
-            raise BadInput(
-                f"{total} tokens exceed the model's context of {self._limit}", hint="shorten the prompt or the output"
-            )
-        beyond = [t for prompt in prompts for t in prompt if not 0 <= t < self.vocabulary]
-        if beyond:
-            raise BadInput(
-                f"token {beyond[0]} is not in the vocabulary of {self.vocabulary}", hint="check the tokenizer"
-            )
+        require(prompts, new_tokens, context=self._limit, vocabulary=self.vocabulary, least=least)
+
+
+class _DraftReader:
+    """A draft model and what it has read; see `_drafting.Reader`. Whoever asks it has opened its context."""
+
+    def __init__(self, running: LlamaRunning) -> None:
+        self._running = running
+
+    def forget(self) -> None:
+        """See `Reader.forget`."""
+        self.take_back(self._running._length)
+
+    def read(self, tokens: Sequence[int]) -> tuple[int, float]:
+        """See `Reader.read`."""
+        logits = self._running._read(tokens, 1)[0]
+        token = int(logits.argmax())
+        return token, 1 / float(numpy.exp(logits - logits[token]).sum())
+
+    def take_back(self, count: int) -> None:
+        """See `Reader.take_back`."""
+        self._running._take_back(count)
+
+
+def _until(tokens: Iterator[int], stop: frozenset[int]) -> Iterator[int]:
+    """Yield tokens up to the first of `stop`, that one too."""
+    for token in tokens:
+        yield token
+        if token in stop:
+            return
 
 
 class _Batch:

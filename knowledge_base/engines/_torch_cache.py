@@ -23,8 +23,10 @@ from knowledge_base.errors import CandidateFailed
 GROUP = 32  # channels that share a scale
 
 
-def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
-    """Return the stored tensors of `x`, (..., head size): (q, scale) for 8 bits, (packed, scale, low) for 4."""
+def quantise(x: torch.Tensor, bits: int | None) -> tuple[torch.Tensor, ...]:
+    """Return the stored tensors of `x`, (..., head size): (x,) for None, (q, scale) for 8 bits, (packed, scale, low) for 4."""
+    if bits is None:
+        return (x,)
     groups = x.unflatten(-1, (-1, _group(x.shape[-1]))).float()
     if bits == 8:
         scale = _stored(groups.abs().amax(-1, keepdim=True) / 127, x.dtype)
@@ -43,6 +45,8 @@ def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def dequantise(stored: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return (..., head size) in `dtype` from what `quantise` returned."""
+    if len(stored) == 1:
+        return stored[0]
     q, scale = stored[:2]
     if len(stored) == 3:
         q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)
@@ -58,11 +62,11 @@ def _group(head_size: int) -> int:
 
 
 class QuantisedLayer(CacheLayerMixin):
-    """Keys and values of one attention layer, quantised; with a window, of its last `window - 1` tokens."""
+    """Keys and values of one attention layer, in 8 or 4 bits or as they are; with a window, of its last `window - 1` tokens."""
 
     is_croppable = True
 
-    def __init__(self, bits: int, window: int | None = None) -> None:
+    def __init__(self, bits: int | None, window: int | None = None) -> None:
         super().__init__()
         self.bits = bits
         self.window = window

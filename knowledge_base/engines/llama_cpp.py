@@ -6,21 +6,22 @@ load and check.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_base.errors import CandidateFailed
+from knowledge_base.engines import _shared
 from knowledge_base.types import Engine, Model, Session
 
 if TYPE_CHECKING:
     from knowledge_base.engines._running import Running
+    from knowledge_base.engines._serving import Server, Texts
 
 ENGINE = Engine(
     summary="llama.cpp on the CPU, weights in GGUF block formats",
-    offers=frozenset({"gguf", "kv:8", "kv:4", "batch", "threads"}),
+    offers=frozenset(
+        {"gguf", "kv:8", "kv:4", "lookup", "draft_model", "batch", "threads", "prefix_cache", "prefill_chunk"}
+    ),
     preload=("numpy", "knowledge_base.engines._llama_running"),
     modules=("xllamacpp", "gguf"),
     devices=frozenset({"cpu"}),  # the wheel is built without GPU kernels
@@ -28,23 +29,26 @@ ENGINE = Engine(
 )
 
 FILE = "model.gguf"
+DRAFT = "draft.gguf"
 # model_types of _gguf_writer.ARCHITECTURES, here so that asking needs no torch; a test compares the two.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
-    "threads": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
-    "batch": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
-    "kv_bits": (lambda v: v in (8, 4), "8 or 4"),
+    "threads": _shared.AT_LEAST_ONE,
+    "batch": _shared.AT_LEAST_ONE,
+    "kv_bits": _shared.KV_BITS,
+    "prefix_cache": _shared.TRUE,  # these two are the server's: one batch after the other keeps and interrupts nothing
+    "prefill_chunk": _shared.AT_LEAST_ONE,
+    "lookup_tokens": _shared.AT_LEAST_ONE,
+    "draft_tokens": _shared.AT_LEAST_ONE,
 }
 
 
 def find() -> str | None:
     """Return why this engine cannot run here, or None."""
-    missing = [name for name in ENGINE.modules if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed; pip install {' '.join(missing)}"
+    if why := _shared.missing(ENGINE.modules):
+        return why
     from knowledge_base.engines import _llama_abi
 
     return _llama_abi.fault()
@@ -52,7 +56,7 @@ def find() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what this engine computes, by distribution."""
-    return {name: importlib.metadata.version(name) for name in ENGINE.modules}
+    return _shared.versions(ENGINE.modules)
 
 
 def accepts(model: Model) -> str | None:
@@ -61,29 +65,23 @@ def accepts(model: Model) -> str | None:
         return f"architecture `{model.architecture}` has no GGUF writer here; {', '.join(ARCHITECTURES)} have"
     if model.experts:
         return "mixtures of experts are not written to GGUF"
-    if model.weight_dtype not in WEIGHT_DTYPES:
-        return f"weights are stored as {model.weight_dtype}; this engine starts from {', '.join(WEIGHT_DTYPES)}"
-    return None
+    return _shared.why_not_stored(model.weight_dtype)
 
 
 def export(session: Session, folder: Path) -> None:
-    """Write model.gguf, and the tokenizer's own files for programs that read the folder.
+    """Write model.gguf, draft.gguf in the same type where a draft goes along, and the tokenizer's own files.
 
     Raises:
         CandidateFailed: "unsupported", a storage choice of another engine or a structure llama.cpp cannot run;
             "non_finite", a weight the chosen type cannot hold.
     """
-    other = sorted(session.storage.keys() - {"gguf_type"})
-    if other:
-        raise CandidateFailed(
-            "unsupported",
-            f"the llama_cpp engine has no storage choice {', '.join(f'`{k}`' for k in other)}",
-            hint="plan this step with an engine that offers it",
-        )
+    _shared.require_storage("llama_cpp", session.storage, {"gguf_type", "gguf_importance", "draft"})
     from knowledge_base.engines import _gguf_writer
 
     folder.mkdir(parents=True, exist_ok=True)
     _gguf_writer.write(session, folder / FILE)
+    if "draft" in session.storage:
+        _gguf_writer.write_draft(session, folder / DRAFT)
     if session.tokenizer is not None:
         session.tokenizer.save_pretrained(folder)
 
@@ -96,19 +94,35 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
             when model.gguf is missing, damaged or of an unknown kind.
         EnvironmentProblem: xllamacpp is missing or has another binary interface.
     """
-    for key, value in runtime.items():
-        if key not in _RUNTIME:
-            raise CandidateFailed(
-                "unsupported", f"unknown runtime key `{key}`", hint=f"the llama_cpp engine knows {', '.join(_RUNTIME)}"
-            )
-        valid, words = _RUNTIME[key]
-        if not valid(value):
-            raise CandidateFailed(
-                "unsupported", f"runtime key `{key}` is {value!r}, expected {words}", hint="rebuild the artefact"
-            )
-    path = folder / FILE
-    if not path.is_file():
-        raise CandidateFailed("load_error", f"{folder.name} holds no {FILE}", hint="build the artefact again")
+    path = _checked(folder, runtime)
     from knowledge_base.engines import _llama_running
 
-    return _llama_running.LlamaRunning(path, threads=runtime.get("threads"), kv_bits=runtime.get("kv_bits"))
+    drafted = runtime.get("draft_tokens", runtime.get("lookup_tokens", 0))
+    draft = folder / DRAFT if "draft_tokens" in runtime else None
+    return _llama_running.LlamaRunning(
+        path, threads=runtime.get("threads"), kv_bits=runtime.get("kv_bits"), drafted=drafted, draft=draft
+    )
+
+
+def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, texts: Texts) -> Server:
+    """Load an artefact into llama.cpp's own server, which answers `batch` requests at once.
+
+    Raises:
+        CandidateFailed, EnvironmentProblem: as `open_artefact`; OneByOneOnly: answers are drafted.
+    """
+    path = _checked(folder, runtime)
+    if runtime.keys() & {"lookup_tokens", "draft_tokens"}:
+        from knowledge_base.engines._serving import OneByOneOnly
+
+        raise OneByOneOnly("llama.cpp's server drafts in another way than was measured")
+    from knowledge_base.engines import _llama_server
+
+    return _llama_server.LlamaServer(path, runtime, context_tokens)
+
+
+def _checked(folder: Path, runtime: Mapping[str, Any]) -> Path:
+    """Return the model file of an artefact whose runtime this engine can honour."""
+    _shared.require_runtime("llama_cpp", runtime, _RUNTIME)
+    _shared.require_one_drafter(runtime)
+    _shared.require_files(folder, (FILE, DRAFT) if "draft_tokens" in runtime else (FILE,))
+    return folder / FILE

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knowledge_base.engines import _shared
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Engine, Model, Session
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 ENGINE = Engine(
     summary="PyTorch with transformers, on the CPU or the first CUDA GPU",
     offers=frozenset({
-        "torch", "packed:int8", "packed:int4", "dynamic:int8", "factorised",
-        "kv:8", "kv:4", "lookup", "compile", "batch", "threads",
+        "torch", "packed:int8", "packed:int4", "packed:int3", "packed:int2", "packed:codebook", "packed:fp8", "packed:table",
+        "packed:sparse",
+        "dynamic:int8", "static:int8", "factorised", "thresholded", "corrected", "split_ffn",
+        "offload", "kv:8", "kv:4", "kv_eviction", "prompt_pruning", "prompt_blocks", "prompt_compression", "lookup", "draft_model", "layer_exit", "prompt_neurons", "compile", "attention_kernel", "batch", "threads",
     }),
     preload=(
         "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.masking_utils",
@@ -31,72 +34,89 @@ ENGINE = Engine(
     sources=("https://huggingface.co/docs/transformers", "https://pytorch.org/docs/stable"),
 )  # fmt: skip
 
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
-    "threads": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
-    "batch": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
-    "kv_bits": (lambda v: v in (8, 4), "8 or 4"),
-    "lookup_tokens": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
+    "threads": _shared.AT_LEAST_ONE,
+    "batch": _shared.AT_LEAST_ONE,
+    "kv_bits": _shared.KV_BITS,
+    "lookup_tokens": _shared.AT_LEAST_ONE,
+    "draft_tokens": _shared.AT_LEAST_ONE,
+    "draft_layers": _shared.AT_LEAST_ONE,
+    "exit_layers": _shared.AT_LEAST_ONE,
+    "exit_confidence": (lambda v: type(v) is float and 0 < v < 1, "a number between 0 and 1"),
+    "ffn_keep": (lambda v: type(v) is float and 0 < v < 1, "a number between 0 and 1"),
+    "kv_evict": (lambda v: v in ("window", "heavy_hitters", "snap"), "window, heavy_hitters or snap"),
+    "kv_keep": (lambda v: type(v) is float and 0 < v < 1, "a number between 0 and 1"),
+    "prompt_keep": (lambda v: type(v) is float and 0 < v < 1, "a number between 0 and 1"),
+    "block_keep": (lambda v: type(v) is float and 0 < v < 1, "a number between 0 and 1"),
+    "prompt_times": (lambda v: type(v) is int and v >= 2, "an integer of at least 2"),
     "compile": (lambda v: v is True, "true"),
+    "attention": (lambda v: v == "flash_attention_3", "flash_attention_3"),
+    "offload": (
+        lambda v: type(v) is list and v and all(type(name) is str and name for name in v) and len(set(v)) == len(v),
+        "a list of names of modules, each once",
+    ),
 }
 
 
 def find() -> str | None:
     """Return why this engine cannot run here, or None. Imports nothing."""
-    missing = [name for name in ENGINE.modules if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed; pip install {' '.join(missing)}" if missing else None
+    return _shared.missing(ENGINE.modules)
 
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what this engine computes, by distribution."""
-    return {name: importlib.metadata.version(name) for name in ENGINE.modules}
+    return _shared.versions(ENGINE.modules)
 
 
 def accepts(model: Model) -> str | None:
     """Return why this engine cannot load the model, as a sentence, or None."""
-    known = causal_architectures()
+    known = architectures()
     if known and model.architecture not in known:
         return f"architecture `{model.architecture}` is unknown to transformers {versions()['transformers']}"
-    if model.weight_dtype not in WEIGHT_DTYPES:
-        return f"weights are stored as {model.weight_dtype}; this engine starts from {', '.join(WEIGHT_DTYPES)}"
-    return None
+    return _shared.why_not_stored(model.weight_dtype)
+
+
+_TABLES = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "TEXT_ENCODING", "IMAGE_TEXT_TO_TEXT")
+
+
+def causal_architectures() -> frozenset[str]:
+    """Return the model_types with a causal LM class; empty when the installed release lists them elsewhere."""
+    return frozenset(kind for kind, tables in architectures().items() if "CAUSAL_LM" in tables)
 
 
 @functools.cache
-def causal_architectures() -> frozenset[str]:
-    """Return the model_types with a causal LM class; empty when the installed release lists them elsewhere.
+def architectures() -> Mapping[str, frozenset[str]]:
+    """Return the model_types with a class for text, and in which of _TABLES; empty as `causal_architectures`.
 
     Read from transformers' source, since importing its table costs over a second and predictions need it.
     """
     spec = importlib.util.find_spec("transformers")
     table = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py" if spec and spec.origin else None
     if table is None or not table.is_file():
-        return frozenset()
+        return {}
+    wanted = {f"MODEL_FOR_{name}_MAPPING_NAMES": name for name in _TABLES}
+    found: dict[str, frozenset[str]] = {}
     for node in ast.parse(table.read_text(encoding="utf-8")).body:
-        names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-        if "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" in names:
+        for name in (t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name) and t.id in wanted):
             pairs = [n for n in ast.walk(node) if isinstance(n, ast.Tuple) and isinstance(n.elts[0], ast.Constant)]
-            return frozenset(str(ast.literal_eval(pair.elts[0])) for pair in pairs)
-    return frozenset()
+            for kind in (str(ast.literal_eval(pair.elts[0])) for pair in pairs):
+                found[kind] = found.get(kind, frozenset()) | {wanted[name]}
+    return found
 
 
 def export(session: Session, folder: Path) -> None:
-    """Write config.json, model.safetensors, tokenizer files and, with replaced modules, structure.json.
+    """Write config.json, model.safetensors, tokenizer files, with replaced modules structure.json, and what drafts need.
 
     Raises:
         CandidateFailed: "unsupported", a storage choice of another engine, or shapes config.json cannot describe.
     """
-    from knowledge_base.engines import _torch_artefact
+    from knowledge_base.engines import _torch_artefact, _torch_drafting
 
-    if session.storage:
-        raise CandidateFailed(
-            "unsupported",
-            f"the transformers engine has no storage choice {', '.join(f'`{k}`' for k in sorted(session.storage))}",
-            hint="plan this step with an engine that offers it",
-        )
+    _shared.require_storage("transformers", session.storage, {"draft", "lens"})
     _torch_artefact.save(session.model, session.tokenizer, folder)
+    _torch_drafting.save_parts(session.storage, folder)
 
 
 def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
@@ -106,35 +126,78 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
         CandidateFailed: "unsupported" for a runtime key or value this engine or model has no way to honour,
             "load_error" when files are missing, damaged or do not fit each other.
     """
-    for key, value in runtime.items():
-        if key not in _RUNTIME:
-            raise CandidateFailed(
-                "unsupported",
-                f"unknown runtime key `{key}`",
-                hint=f"the transformers engine knows {', '.join(_RUNTIME)}",
-            )
-        valid, words = _RUNTIME[key]
-        if not valid(value):
-            raise CandidateFailed(
-                "unsupported", f"runtime key `{key}` is {value!r}, expected {words}", hint="rebuild the artefact"
-            )
-    if "lookup_tokens" in runtime and runtime.get("batch", 1) > 1:
-        raise _clash("prompt lookup", "batches: sequences would accept different numbers of tokens")
-    if "compile" in runtime and "lookup_tokens" in runtime:
-        raise _clash("prompt lookup", "torch.compile: each draft length is another shape to compile")
-    if "compile" in runtime and "kv_bits" in runtime:
-        raise _clash("a quantised KV cache", "torch.compile: the compiled step needs a cache of fixed size")
+    _shared.require_runtime("transformers", runtime, _RUNTIME)
+    _require_together(runtime)
+    from knowledge_base.engines import (
+        _torch_artefact,
+        _torch_attention,
+        _torch_drafting,
+        _torch_offload,
+        _torch_pruning,
+        _torch_running,
+    )
 
-    from knowledge_base.engines import _torch_artefact, _torch_running
-
-    model = _torch_artefact.load(folder, _torch_artefact.best_device())
+    device, parts, weights = _torch_artefact.best_device(), runtime.get("offload", ()), folder / _torch_artefact.WEIGHTS
+    model = _torch_artefact.load(folder, device, waiting=_torch_offload.waiting(parts, weights, device))
+    if "attention" in runtime:
+        _torch_attention.use(model, runtime["attention"])
     return _torch_running.TorchRunning(
         model,
         threads=runtime.get("threads"),
         kv_bits=runtime.get("kv_bits"),
-        lookup_tokens=runtime.get("lookup_tokens"),
+        decoding=_torch_drafting.decoding_of(model, folder, runtime),
+        ffn_keep=runtime.get("ffn_keep"),
         compiled="compile" in runtime,
+        pruning=_torch_pruning.pruning_of(model, runtime),
+        offloaded=_torch_offload.offloaded(model, parts, weights, device) if parts else None,
     )
+
+
+# Ways to write an answer, and ways to look at less of the prompt: one of each at most.
+_DRAFTS = ("lookup_tokens", "draft_tokens", "exit_layers")
+_PRUNED = ("kv_evict", "prompt_keep", "block_keep", "prompt_times")
+_ONE_OF: tuple[tuple[tuple[str, ...], str], ...] = (
+    (_DRAFTS, "an answer is written in one way"),
+    (_PRUNED, "both choose what is looked at of the prompt"),
+)
+_NEEDS = (
+    ("draft_layers", "draft_tokens"), ("exit_layers", "exit_confidence"), ("exit_confidence", "exit_layers"),
+    ("kv_evict", "kv_keep"), ("kv_keep", "kv_evict"),
+)  # fmt: skip
+_BATCHES = "batches"  # stands for a batch of more than one
+# (keys, another, what the keys are, what stands against them in the other): none of the keys goes with the other.
+_CLASHES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
+    (_DRAFTS, _BATCHES, "guessing tokens", "batches: sequences would go on by different numbers of tokens"),
+    (_DRAFTS, "compile", "guessing tokens", "torch.compile: each number of tokens is another shape to compile"),
+    (("kv_bits",), "compile", "a quantised KV cache", "torch.compile: the compiled step needs a cache of fixed size"),
+    (_PRUNED, "compile", "keeping a part of the prompt", "torch.compile: the compiled step needs a cache of fixed size"),
+    (_PRUNED, "ffn_keep", "keeping a part of the prompt", "neurons chosen by the prompt: both are scored as they decode"),
+    (_PRUNED, "attention", "keeping a part of the prompt", "an attention kernel of its own, which brings another"),
+    (("attention",), "compile", "an attention kernel of its own", "torch.compile, which brings another"),
+    (("ffn_keep",), _BATCHES, "choosing neurons by the prompt", "batches: each prompt would choose others"),
+    (("ffn_keep",), "compile", "choosing neurons by the prompt", "torch.compile: every prompt makes another model"),
+    (("exit_layers",), "ffn_keep", "early exit", "neurons chosen by the prompt: each is scored in a way of its own"),
+    (("offload",), "compile", "offloading", "torch.compile: compiled code holds the addresses of weights, which move"),
+    (("offload",), "ffn_keep", "offloading", "neurons chosen by the prompt: what is not in memory cannot be put aside"),
+)  # fmt: skip
+
+
+def _require_together(runtime: Mapping[str, Any]) -> None:
+    """Refuse runtime keys that mean nothing together, or nothing alone.
+
+    Raises:
+        CandidateFailed: "unsupported".
+    """
+    for keys, why in _ONE_OF:
+        if len(there := [key for key in keys if key in runtime]) > 1:
+            raise _clash(f"`{there[0]}`", f"`{there[1]}`: {why}")
+    for key, other in _NEEDS:
+        if key in runtime and other not in runtime:
+            raise CandidateFailed("unsupported", f"`{key}` is set without `{other}`", hint="rebuild the artefact")
+    asked = {*runtime, _BATCHES} if runtime.get("batch", 1) > 1 else runtime.keys()
+    for keys, other, what, with_what in _CLASHES:
+        if other in asked and any(key in asked for key in keys):
+            raise _clash(what, with_what)
 
 
 def _clash(what: str, with_what: str) -> CandidateFailed:

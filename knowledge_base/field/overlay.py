@@ -5,6 +5,7 @@ package that names itself as an entry point of the group `leanplan.knowledge`. I
 
     taxonomy.csv methods/*.yaml evidence.csv evidence_metrics.csv papers.csv …   knowledge_base/data/field
     composition_rules.csv devices.csv electricity_prices.csv grid_carbon.csv     knowledge_base/data
+    efficiencies.csv engine_overheads.csv engine_memory.csv host_links.csv
     techniques/*.py engines/*.py                                                 code that Leanplan runs
 
 Python files are code, run with the rights of whoever starts Leanplan. That is why no folder is ever looked for: only
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -23,14 +25,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from knowledge_base.errors import BadInput
-from knowledge_base.field.records import REPLACES, is_number, lay, rows
+from knowledge_base.field.records import REPLACES, Record, is_number, lay, rows
 from knowledge_base.units import quote
 
 VARIABLE = "LEANPLAN_KNOWLEDGE"
 IGNORE = "LEANPLAN_IGNORE_DAMAGED_KNOWLEDGE"
 GROUP = "leanplan.knowledge"
 DATA = Path(__file__).resolve().parent.parent / "data"
-TABLES = ("devices.csv", "electricity_prices.csv", "grid_carbon.csv")  # the first column names a row
+TABLES = {  # how many columns, from the first, name a row
+    "devices.csv": 1, "electricity_prices.csv": 1, "grid_carbon.csv": 1, "efficiencies.csv": 4, "engine_overheads.csv": 2,
+    "engine_memory.csv": 3, "host_links.csv": 1,
+}  # fmt: skip
+_UNSIGNED = re.compile(r"_(bytes|per_s|per_h|per_kwh|w|s|ratio|sd|value|tokens)$|^cores$")
+_ZERO_TOO = re.compile(r"price|_per_kwh$|idle_w$|^(kernel|step)_s$|^runtime_bytes$|^(tied|copies)_ratio$|sd$")
 RULES = "composition_rules.csv"
 CODE = ("techniques", "engines")
 
@@ -56,6 +63,12 @@ def files(name: str) -> tuple[tuple[Path, str], ...]:
 def table(name: str) -> tuple[dict[str, str], ...]:
     """Return the rows of one CSV file of knowledge_base/data, with those of a person's folders."""
     return _table(name, files(name) if name in TABLES else ())
+
+
+def take(checked: tuple[Path, ...]) -> None:
+    """Lay folders over ours as they are: whoever started this process checked them, with packages that it need not have."""
+    global _trying
+    _trying = checked
 
 
 def environment() -> dict[str, str]:
@@ -189,6 +202,17 @@ def _table(name: str, more: tuple[tuple[Path, str], ...]) -> tuple[dict[str, str
     for record in (record for layer in theirs for record in layer):
         for column in columns:
             if all(is_number(row.cells[column]) for row in ours if row.cells[column]):
-                record.number(column)
-    found = lay((ours, *theirs), key=columns[0])
+                _in_range(record, column)
+    found = lay((ours, *theirs), key=columns[0], beside=columns[1 : TABLES[name]])
     return tuple({column: record.cells[column] for column in columns} for record in found.values())
+
+
+def _in_range(record: Record, column: str) -> None:
+    """Refuse what is no number, and a size, rate, time or price below what it can be."""
+    number = record.number(column)
+    if number is None or not _UNSIGNED.search(column):
+        return
+    if number < 0 or (number == 0 and not _ZERO_TOO.search(column)):
+        raise record.error(
+            f"`{column}` is {number:g}", hint="a positive number, or nothing where it is not known", key=column
+        )

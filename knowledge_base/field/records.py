@@ -210,8 +210,11 @@ def _one_line(text: str, name: str, line: int) -> str:
     return " ".join(text.split()) if any(c in text for c in "\n\r\t") else text
 
 
-def lay(layers: Iterable[Iterable[Record]], *, key: str) -> dict[str, Record]:
+def lay(layers: Iterable[Iterable[Record]], *, key: str, beside: Sequence[str] = ()) -> dict[str, Record]:
     """Return the records of layers by their key, those of later layers over those before.
+
+    Args:
+        beside: further columns that together with the key tell two records apart, which may be empty.
 
     Raises:
         BadInput: one has the key of another and does not say that it replaces it, or there is nothing to replace.
@@ -220,7 +223,8 @@ def lay(layers: Iterable[Iterable[Record]], *, key: str) -> dict[str, Record]:
     for layer in layers:
         here: set[str] = set()
         for record in layer:
-            name, replaces = record.text(key), record.maybe(REPLACES) and record.word(REPLACES, ("yes",))
+            name = ", ".join((record.text(key), *filter(None, map(record.maybe, beside))))
+            replaces = record.maybe(REPLACES) and record.word(REPLACES, ("yes",))
             if name in here or (name in found and not replaces):
                 raise record.error(
                     f"{quote(name)} is there twice",

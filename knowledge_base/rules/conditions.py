@@ -28,6 +28,7 @@ NOTHING_KNOWN: Context = {}
 # All that a condition may name beside knobs. `facts` fills in what leanplan knows by itself; a caller may know more.
 FACTS: Mapping[str, str] = {
     "engine": "the engine that runs the plan",
+    "engine.slots": "one or many: requests its server answers at once",
     "library": "the library that trains: torchao, peft, deepspeed …",
     "format": "the library format that holds quantised weights: bnb, gptq, gguf, aqlm, torchao, …",
     "calibration": "yes or no: text to calibrate on is given",
@@ -47,6 +48,7 @@ FACTS: Mapping[str, str] = {
     "workload.output_tokens": "tokens generated",
     "workload.concurrency": "requests at once",
     "workload.fixed_shapes": "yes or no: every batch has the same shape",
+    "workload.loaded": "yes or no: requests arrive, follow each other or are replayed",
     "hardware.kind": "cpu or gpu",
     "hardware.devices": "accelerators of the machine",
     "hardware.nodes": "machines",
@@ -161,8 +163,11 @@ def facts(
         known["calibration"] = "yes" if calibration else "no"
     for side, thing in (("model", model), ("workload", workload)):
         known |= {name: getattr(thing, name.partition(".")[2], None) for name in FACTS if name.startswith(f"{side}.")}
+    if workload:
+        known["workload.loaded"] = "yes" if workload.loaded else "no"
     if model:
-        known["model.quantised"] = "no" if model.weight_dtype in _PLAIN_DTYPES else None
+        plain = "no" if model.weight_dtype in _PLAIN_DTYPES else None
+        known["model.quantised"] = "yes" if model.quantised_format else plain
     if hardware:
         device = hardware.device
         capability = next((m for f in device.features if (m := re.fullmatch(r"sm_(\d+)(\d)", f))), None)

@@ -49,7 +49,7 @@ def members() -> dict[str, Member]:
             stage=technique.stage,
             family=technique.family,
             names=frozenset({name, *technique.implements}),
-            groups=frozenset(groups.union(*(_groups(m) - {f"stage:{m.stage}"} for m in methods))),
+            groups=frozenset(groups.union(*(_lent(m, technique.family) for m in methods))),
             knobs=frozenset(technique.knobs),
         )
     return found
@@ -65,6 +65,20 @@ def _of_method(method: Method) -> Member:
         groups=frozenset(_groups(method)),
         knobs=frozenset(method.knobs),
     )
+
+
+def _lent(method: Method, family: str) -> set[str]:
+    """Return the selectors that a technique of that family answers to because it implements the method.
+
+    One of another family does a part of the method: it is no alternative to what is of the method's family, and what the
+    method provides at its end another step still has to do.
+    """
+    whole = method.family in (family, None)
+    return {
+        group
+        for group in _groups(method)
+        if not group.startswith("stage:") and (whole or not group.startswith(("family:", "provides:")))
+    }
 
 
 def _groups(method: Method) -> set[str]:

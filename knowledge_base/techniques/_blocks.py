@@ -18,10 +18,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from knowledge_base.build_memory import ACTIVATION_BYTES_MAX
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Session
 
-ACTIVATION_BYTES_MAX = 2 << 30  # of calibration activations alive at once in the widest part of a layer
+SAMPLE_ROWS = 256  # of the vectors that enter a matrix, kept as they are
+PART_BYTES = 32 << 20  # of activations that a layer is run on at once: they stay near the processor, and small
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -73,19 +75,31 @@ def experts_of(layer: nn.Module) -> tuple[str, Any] | None:
 
 @dataclass(slots=True)
 class Moments:
-    """Second moments of the vectors that enter a matrix: their squares, and if asked all products."""
+    """Second moments of the vectors that enter a matrix: their squares, and if asked all products; and a few of them."""
 
     squares: torch.Tensor  # (in,) float32: sum of x_j^2
     products: Any  # None or (in, in) float32: sum of x x^T
     rows: int
+    peaks: torch.Tensor  # (in,) float32: largest |x_j|
+    sample: torch.Tensor  # (up to SAMPLE_ROWS, in) float32: every n-th vector
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, *, full: bool) -> Moments:
-        """Return the moments of inputs (..., in)."""
+    def of(cls, inputs: torch.Tensor, *, full: bool, parts: int = 1) -> Moments:
+        """Return the moments of inputs (..., in), the first of so many parts of them."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         products = x.T @ x if full else None
         squares = products.diagonal().clone() if products is not None else x.square().sum(0)
-        return cls(squares, products, x.shape[0])
+        step = max(1, -(-len(x) * parts // SAMPLE_ROWS))
+        return cls(squares, products, x.shape[0], x.abs().amax(0), x[::step].clone())
+
+    def add(self, other: Moments) -> None:
+        """Take in the moments of another part."""
+        self.squares += other.squares
+        if self.products is not None:
+            self.products += other.products
+        self.rows += other.rows
+        self.peaks = self.peaks.maximum(other.peaks)
+        self.sample = torch.cat([self.sample, other.sample])
 
 
 @dataclass(slots=True)
@@ -102,10 +116,11 @@ class Matrix:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Hooks on one layer's matrices for the length of one forward pass."""
+    """Hooks on one layer's matrices for the length of its forward passes, one for each part of the calibration text."""
 
     layer: nn.Module
     full: bool
+    parts: int = 1
     found: list[Matrix] = field(default_factory=list)
     handles: list = field(default_factory=list)
     last: tuple[torch.Tensor, Moments] | None = None  # query, key and value share one input
@@ -124,12 +139,16 @@ class _Recorder:
 
     def _moments(self, inputs: torch.Tensor) -> Moments:
         if self.last is None or self.last[0] is not inputs:
-            self.last = (inputs, Moments.of(inputs, full=self.full))
+            self.last = (inputs, Moments.of(inputs, full=self.full, parts=self.parts))
         return self.last[1]
 
     def _saw(self, name: str) -> Callable:
         def hook(module: Any, args: tuple) -> None:
-            self.found.append(Matrix(name, module, matrix_of(module), self._moments(args[0])))
+            earlier = next((m for m in self.found if m.name == name), None)
+            if earlier is None:
+                self.found.append(Matrix(name, module, matrix_of(module), self._moments(args[0])))
+            elif self.last is None or self.last[0] is not args[0]:  # else added with the matrix that shares it
+                earlier.inputs.add(self._moments(args[0]))
 
         return hook
 
@@ -164,12 +183,20 @@ def calibration_rows(session: Session, bytes_per_token: float) -> torch.Tensor:
 
 
 def each_layer(
-    session: Session, change: Callable[[int, nn.Module, list[Matrix]], None], *, full: bool, label: str
+    session: Session,
+    change: Callable[[int, nn.Module, list[Matrix]], None],
+    *,
+    full: bool,
+    label: str,
+    same: bool = False,
+    whole: bool = False,
 ) -> None:
     """Run the calibration text through the model and change each layer once its inputs are known.
 
     After `change(index, layer, matrices)` the layer is run again, so the next layer is calibrated on what the
-    changed one gives. `full` asks for all products of inputs (memory: in x in for each matrix), else squares only.
+    changed one gives; `same` says that it gives what it gave, so that once is enough. `full` asks for all products of
+    inputs (memory: in x in for each matrix), else squares only. A layer is run on a few windows at once, or, `whole`, on all:
+    for callers with hooks of their own.
 
     Raises:
         CandidateFailed: no calibration text, or a changed layer gives a number that is not finite.
@@ -177,43 +204,64 @@ def each_layer(
     model, layers = session.model, decoder_layers(session.model)
     config = model.config.get_text_config()
     widest = max([config.hidden_size, *(max(p.shape[-2:]) for p in layers[0].parameters() if p.dim() > 1)])
-    tokens = calibration_rows(session, bytes_per_token=4.0 * 4 * widest)  # float32, four live copies
-    recorders: dict[int, _Recorder] = {}
+    bytes_per_token = 4.0 * 4 * widest  # float32, four live copies
+    tokens = calibration_rows(session, bytes_per_token)
+    at_once = max(1, int(PART_BYTES / (bytes_per_token * tokens.shape[1])))
 
-    def begin(index: int) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            recorders[index] = _Recorder(layer, full)
-            recorders[index].start()
+    def watched(index: int, layer: nn.Module, forward: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            del layer.forward  # `change` may call the layer
+            # An expert that calibration never chose is judged on all tokens, which only the whole text can tell.
+            size = len(tokens) if whole or experts_of(layer) else at_once
+            parts = [slice(first, first + size) for first in range(0, len(tokens), size)]
 
-        return hook
+            def outputs() -> Any:
+                found = [forward(*_part(args, part, len(tokens)), **_part(kwargs, part, len(tokens))) for part in parts]
+                return tuple(map(_joined, zip(*found))) if isinstance(found[0], tuple) else _joined(found)
 
-    def end(index: int) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            recorder = recorders.pop(index)
-            recorder.stop()
+            recorder = _Recorder(layer, full, len(parts))
+            recorder.start()
+            try:
+                output = outputs()
+            finally:
+                recorder.stop()
             change(index, layer, recorder.found)
-            output = layer.forward(*args, **kwargs)
+            if not same:
+                del output
+                output = outputs()
             states = output[0] if isinstance(output, tuple) else output
             if not torch.isfinite(states).all():
                 raise CandidateFailed("non_finite", f"layer {index} gives numbers that are not finite after {label}")
             session.progress(label, (index + 1) / len(layers))
             return output
 
-        return hook
+        return run
 
-    handles = []
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(begin(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(end(index), with_kwargs=True))
     model.eval()
     try:
+        for index, layer in enumerate(layers):
+            layer.forward = watched(index, layer, layer.forward)
         with torch.no_grad():
             model.base_model(tokens, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-        for recorder in recorders.values():
-            recorder.stop()
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _part(value: Any, part: slice, rows: int) -> Any:
+    """Return what a layer was given, but of some rows: of every tensor that has one for each row."""
+    if isinstance(value, dict):
+        return {key: _part(one, part, rows) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_part(one, part, rows) for one in value)
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows:
+        return value[part]
+    return value
+
+
+def _joined(parts: Any) -> Any:
+    """Return what a layer gave for the parts, as one."""
+    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else parts[0]
 
 
 @torch.no_grad()
@@ -284,7 +332,8 @@ def ffn_config_key(model: Any, ffn: Ffn) -> str:
     raise CandidateFailed("unsupported", f"the config of {type(model).__name__} has no field for {ffn.size} channels")
 
 
-def _rows(module: Any, keep: torch.Tensor) -> None:
+def keep_outputs(module: Any, keep: torch.Tensor) -> None:
+    """Keep the outputs `keep` of a Linear or Conv1D."""
     if isinstance(module, Conv1D):
         module.weight = nn.Parameter(module.weight.data[:, keep].contiguous())
         module.nf = len(keep)
@@ -295,18 +344,23 @@ def _rows(module: Any, keep: torch.Tensor) -> None:
         module.bias = nn.Parameter(module.bias.data[keep].contiguous())
 
 
+def keep_inputs(module: Any, weight: torch.Tensor) -> None:
+    """Store `weight` (out, fewer inputs) as the matrix of a Linear or Conv1D, in its own dtype."""
+    weight = weight.to(module.weight.dtype)
+    if isinstance(module, Conv1D):
+        module.weight = nn.Parameter(weight.T.contiguous())
+        module.nx = weight.shape[1]
+    else:
+        module.weight = nn.Parameter(weight.contiguous())
+        module.in_features = weight.shape[1]
+
+
 def shrink_ffn(ffn: Ffn, keep: torch.Tensor, down: torch.Tensor) -> None:
     """Keep the channels `keep` (sorted indices) and store `down` (out, kept) as the new down matrix of a dense part."""
     for up in ffn.ups:
         fused = matrix_of(up).shape[0] == 2 * ffn.size
-        _rows(up, torch.cat([keep, keep + ffn.size]) if fused else keep)
-    dtype = ffn.down.weight.dtype
-    if isinstance(ffn.down, Conv1D):
-        ffn.down.weight = nn.Parameter(down.T.to(dtype).contiguous())
-        ffn.down.nx = len(keep)
-    else:
-        ffn.down.weight = nn.Parameter(down.to(dtype).contiguous())
-        ffn.down.in_features = len(keep)
+        keep_outputs(up, torch.cat([keep, keep + ffn.size]) if fused else keep)
+    keep_inputs(ffn.down, down)
     if hasattr(ffn.holder, "intermediate_size"):
         ffn.holder.intermediate_size = len(keep)
 

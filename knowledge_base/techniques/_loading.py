@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def load_session(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = dtype or facts.weight_dtype
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
@@ -45,15 +47,16 @@ def load_session(
     model: Any
     found: Any
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
-            model_folder,
-            dtype=wanted,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, with the others
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=None if allow_pickle else True,
-        )
+        with reading_unmapped():
+            model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
+                model_folder,
+                dtype=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, with the others
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=None if allow_pickle else True,
+            )
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise BadInput(
             f"{facts.name}: the model cannot be loaded: {error}",
@@ -78,14 +81,36 @@ def load_session(
             )
     if torch.cuda.is_available():
         model = model.to("cuda")
-    tokenizer = None
-    if any((model_folder / file).is_file() for file in TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     return Session(
         model=model.eval().requires_grad_(False),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(model_folder),
         facts=facts,
         calibration=calibration,
         seed=seed,
         workspace=workspace,
     )
+
+
+def tokenizer_of(model_folder: Path) -> Any:
+    """Return the folder's tokenizer; None where it has none."""
+    from transformers import AutoTokenizer
+
+    if not any((model_folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def reading_unmapped() -> Iterator[None]:
+    """Within the block transformers reads weights instead of mapping their files.
+
+    Pages of a mapped file count as the process's memory once read, so a model would be in memory twice while it loads.
+    """
+    from transformers import modeling_utils
+
+    mapping = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda *args, **options: mapping(*args, **(options | {"backend": "pread"}))  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapping  # type: ignore[misc]

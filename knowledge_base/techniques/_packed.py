@@ -1,17 +1,18 @@
-"""Linear modules whose weights are held in 8 or 4 bits: what the quantisation techniques put in place of nn.Linear.
+"""Linear modules whose weights are held in 8 to 2 bits: what the quantisation techniques put in place of nn.Linear.
 
 Each class has a `kind` (its name in an artefact's structure.json), `spec()` (the parameters written there),
 `from_spec()` (an empty module of that shape, to be filled from a state dict), `from_weight()` (made from float
-weights) and `dequantised()`. State dicts hold plain tensors only.
+weights) and `dequantised()`. State dicts hold plain tensors only. Other modules of this package add kinds of the same
+contract: 4-bit codebooks, 8-bit floats, tables.
 
-On the CPU the 16-bit-activation kinds multiply with PyTorch's own kernels in bfloat16, whatever the model's dtype;
-on other devices, and where a prompt is long enough that unpacking once is cheaper, weights are dequantised first.
+The CPU multiplies int8 and int4 with PyTorch's own kernels, in bfloat16 whatever the model's dtype. Elsewhere, and in
+the kinds without a kernel, weights are unpacked a block of rows at a time, so no dense matrix exists beside the packed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +21,25 @@ from torch.nn.functional import linear
 
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.techniques._blocks import decoder_layers, is_matrix, matrix_of
+from knowledge_base.techniques._experts_module import split_experts
+from knowledge_base.techniques._kinds import module_class
+from knowledge_base.techniques._weights import GROUP_SIZES
 from knowledge_base.types import Session
 
-GROUP_SIZES = (32, 64, 128)  # of int4; what both the CPU kernel and the techniques offer
 # Rows above which dequantising once beats the int8 kernel; 768x256 and 5632x2048 on an AVX-512 CPU cross near here.
 _ROWS_FOR_KERNEL = 32
+_REFITS = 12  # errors hardly fall after
+_BLOCK_WEIGHTS = 1 << 21  # unpacked at a time: fastest on an AVX-512 CPU, and 4 MiB in bfloat16
+
+Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q uint8 (out, in), scales and zeros (out, groups)
+Quantise = Callable[[torch.Tensor, int, int], Quantised]  # of float weights (out, in), group size, bits
 
 
 class _Packed(nn.Module, ABC):
     """What the kinds share: shapes, an optional bias in the model's dtype, a view of the weights as floats."""
 
     kind: str
+    grouped = False  # weights share scales in groups, of the parameter `group_size`
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -58,8 +67,24 @@ class _Packed(nn.Module, ABC):
         return {}
 
     @abstractmethod
+    def rows(self, which: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weights (out, in), unpacked."""
+
     def dequantised(self) -> torch.Tensor:
         """Return the weights as (out, in) float32, as close as the storage holds them."""
+        return self.rows(slice(None), torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply (..., in) by the weights; the result has the dtype of `x`."""
+        states = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        y = self.product(states).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """Return states (n, in) times the weights, without the bias, both in bfloat16."""
+        step = max(1, _BLOCK_WEIGHTS // self.in_features)
+        blocks = [slice(first, first + step) for first in range(0, self.out_features, step)]
+        return torch.cat([linear(states, self.rows(block, torch.bfloat16)) for block in blocks], dim=1)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -116,19 +141,15 @@ class Int8Linear(_Packed):
         module._fill({"quantised": quantised, "scales": scales}, bias)
         return module
 
-    def dequantised(self) -> torch.Tensor:
-        """Return the weights as (out, in) float32."""
-        return self.quantised.float() * self.scales.float()[:, None]
+    def rows(self, which: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weights (out, in), unpacked."""
+        return self.quantised[which].to(dtype) * self.scales[which].to(dtype)[:, None]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply (..., in) by the weights; the result has the dtype of `x`."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        if rows.device.type == "cpu" and rows.shape[0] <= _ROWS_FOR_KERNEL:
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.quantised, self.scales.to(torch.bfloat16))
-        else:
-            y = linear(rows, self.quantised.to(torch.bfloat16)) * self.scales.to(torch.bfloat16)
-        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """Return states (n, in) times the weights, without the bias, both in bfloat16."""
+        if states.device.type == "cpu" and states.shape[0] <= _ROWS_FOR_KERNEL:
+            return torch.ops.aten._weight_int8pack_mm(states, self.quantised, self.scales.to(torch.bfloat16))
+        return super().product(states)
 
 
 class Int8DynamicLinear(Int8Linear):
@@ -153,33 +174,72 @@ class Int8DynamicLinear(Int8Linear):
         return y if self.bias is None else y + self.bias
 
 
-# ---------------------------------------------------------------- 4 bits
+# ---------------------------------------------------------------- few bits, in groups
 
 
-def group_qparams(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_qparams(weight: torch.Tensor, group_size: int, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zeros, float32 (out, in / group_size), that cover each group's smallest and largest weight.
 
-    w is close to (q - 8) s + z with q in 0..15; both are rounded to bfloat16, as they are stored
+    w is close to (q - 2^(bits-1)) s + z with q in 0..2^bits - 1; both are rounded to bfloat16, as they are stored
     """
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
     scales, points = choose_qparams_affine(
-        weight.detach().float(), MappingType.ASYMMETRIC, (1, group_size), torch.uint8, 0, 15, eps=1e-12
+        weight.detach().float(), MappingType.ASYMMETRIC, (1, group_size), torch.uint8, 0, 2**bits - 1, eps=1e-12
     )
     # torchao drops the dimension of a single group
     scales, points = (t.reshape(weight.shape[0], -1) for t in (scales, points))
     scales = scales.to(torch.bfloat16).float()
-    return scales, ((8 - points) * scales).to(torch.bfloat16).float()
+    return scales, ((2 ** (bits - 1) - points) * scales).to(torch.bfloat16).float()
 
 
-def quantise_groups(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return 4-bit weights uint8 (out, in) in 0..15, scales and zeros (out, in / group_size): round to nearest."""
-    from torchao.quantization.quant_primitives import quantize_affine
+def quantise_groups(weight: torch.Tensor, group_size: int, bits: int = 4) -> Quantised:
+    """Return weights in 0..2^bits - 1, uint8 (out, in), scales and zeros (out, in / group_size): round to nearest."""
+    scales, zeros = group_qparams(weight, group_size, bits)
+    return levels(weight, scales, zeros, bits), scales, zeros
 
-    scales, zeros = group_qparams(weight, group_size)
-    points = (8 - zeros / scales).round().to(torch.int32)
-    block = (1, group_size)
-    return quantize_affine(weight.detach().float(), block, scales, points, torch.uint8, 0, 15), scales, zeros
+
+def levels(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the nearest of 0..2^bits - 1 for each weight (out, in), uint8, by scales and zeros (out, groups)."""
+    grouped = weight.detach().float().unflatten(1, (scales.shape[1], -1))
+    nearest = ((grouped - zeros[..., None]) / scales[..., None]).round() + 2 ** (bits - 1)
+    return nearest.clamp_(0, 2**bits - 1).to(torch.uint8).flatten(1)
+
+
+def dequantise_groups(quantised: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return (q - 2^(bits-1)) s + z as (out, in), in the dtype of scales and zeros (out, groups)."""
+    # In place, and the middle level moved into the small tensor: this runs for every matrix of every step.
+    weight = quantised.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
+    return weight.mul_(scales[..., None]).add_((zeros - 2 ** (bits - 1) * scales)[..., None]).flatten(1)
+
+
+def refit(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales and zeros (out, groups), as they are stored, with a smaller squared error of rounding in each group.
+
+    Weights are rounded and the line through them is fitted again by least squares, in turns (Lloyd's method), from the
+    scales and zeros given; what was best is kept. `importance` (in,) weighs the squares.
+    """
+    grouped = weight.detach().float().unflatten(1, (scales.shape[1], -1))
+    share = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+    share = share.unflatten(0, (scales.shape[1], -1)).clamp_min(1e-12)
+    share = share / share.sum(1, keepdim=True)
+    middle, best = 2 ** (bits - 1), torch.full_like(scales, torch.inf)
+    found = (scales, zeros)
+    for _ in range(_REFITS):
+        level = ((grouped - zeros[..., None]) / scales[..., None]).round_().clamp_(-middle, middle - 1)
+        error = (((level * scales[..., None] + zeros[..., None] - grouped) ** 2) * share).sum(2)
+        better = error < best
+        best = torch.where(better, error, best)
+        found = (torch.where(better, scales, found[0]), torch.where(better, zeros, found[1]))
+        mean, target = ((t * share).sum(2, keepdim=True) for t in (level, grouped))
+        spread = ((level - mean) ** 2 * share).sum(2)
+        slope = ((level - mean) * (grouped - target) * share).sum(2) / spread.clamp_min(1e-12)
+        # A group whose weights all fell on one level has no slope: it keeps its scale.
+        scales = torch.where((spread > 0) & (slope > 0), slope, scales).to(torch.bfloat16).float().clamp_min(1e-12)
+        zeros = (target[..., 0] - scales * mean[..., 0]).to(torch.bfloat16).float()
+    return found
 
 
 def usable_group_size(in_features: int, group_size: int) -> int | None:
@@ -187,35 +247,32 @@ def usable_group_size(in_features: int, group_size: int) -> int | None:
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if g <= group_size and in_features % g == 0), None)
 
 
-class Int4Linear(_Packed):
-    """y = x ((q - 8) s + z)^T + b: 4-bit weights, a bfloat16 scale and zero for each group, 16-bit activations.
+class GroupedLinear(_Packed):
+    """y = x ((q - 2^(bits-1)) s + z)^T + b: few bits a weight, a bfloat16 scale and zero for each group.
 
-    Stored: `packed` uint8 (out, in / 2), even columns in the low half-byte, and `scales_and_zeros`
-    (in / group_size, out, 2). On first use on a CPU `packed` is exchanged for the layout of that CPU's kernel, of
-    the same size, so memory never holds both; state dicts and moves to other devices bring `packed` back.
+    Stored: `packed` uint8 (out, in x bits / 8) as `pack_bits` makes it, and `scales_and_zeros` (in / group_size, out, 2).
     """
 
-    kind = "int4"
-    packed: torch.Tensor  # empty while `kernel` holds the weights
+    grouped = True
+    bits: int
+    packed: torch.Tensor
     scales_and_zeros: torch.Tensor
-    kernel: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, group_size: int) -> None:
         super().__init__(in_features, out_features, bias, dtype)
         if group_size not in GROUP_SIZES or in_features % group_size:
             raise ValueError(f"group_size is {group_size}, expected a divisor of {in_features} among {GROUP_SIZES}")
         self.group_size = group_size
-        groups = in_features // group_size
-        self.register_buffer("packed", torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta"))
+        columns, groups = in_features * self.bits // 8, in_features // group_size
+        self.register_buffer("packed", torch.empty(out_features, columns, dtype=torch.uint8, device="meta"))
         self.register_buffer(
             "scales_and_zeros", torch.empty(groups, out_features, 2, dtype=torch.bfloat16, device="meta")
         )
-        self.register_buffer("kernel", None, persistent=False)
 
     @classmethod
-    def from_weight(cls, weight: torch.Tensor, bias: torch.Tensor | None, *, group_size: int) -> Int4Linear:
+    def from_weight(cls, weight: torch.Tensor, bias: torch.Tensor | None, *, group_size: int) -> GroupedLinear:
         """Return the module for float weights (out, in), rounded to nearest."""
-        return cls.from_quantised(*quantise_groups(weight, group_size), bias, weight.dtype)
+        return cls.from_quantised(*quantise_groups(weight, group_size, cls.bits), bias, weight.dtype)
 
     @classmethod
     def from_quantised(
@@ -225,36 +282,68 @@ class Int4Linear(_Packed):
         zeros: torch.Tensor,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-    ) -> Int4Linear:
-        """Return the module for weights already in 0..15 (out, in) with scales and zeros (out, groups)."""
+    ) -> GroupedLinear:
+        """Return the module for weights already in 0..2^bits - 1 (out, in) with scales and zeros (out, groups)."""
         outputs, inputs = quantised.shape
         module = cls(inputs, outputs, bias is not None, dtype, group_size=inputs // scales.shape[1])
         both = torch.stack([scales.T, zeros.T], dim=-1).to(torch.bfloat16).contiguous()
-        module._fill({"packed": _pack(quantised), "scales_and_zeros": both}, bias)
+        module._fill({"packed": pack_bits(quantised, cls.bits), "scales_and_zeros": both}, bias)
         return module
 
     def spec(self) -> dict[str, Any]:
         """Return the parameters `from_spec` needs beyond the shape."""
         return {"group_size": self.group_size}
 
-    def dequantised(self) -> torch.Tensor:
-        """Return the weights as (out, in) float32."""
-        packed = self.packed if self.kernel is None else _pack(self._from_kernel())
-        both = self.scales_and_zeros.float().repeat_interleave(self.group_size, dim=0)  # (in, out, 2)
-        return (_unpack(packed).float() - 8) * both[..., 0].T + both[..., 1].T
+    def rows(self, which: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weights (out, in), unpacked."""
+        both = self.scales_and_zeros[:, which].to(dtype)
+        return dequantise_groups(unpack_bits(self.packed[which], self.bits), both[..., 0].T, both[..., 1].T, self.bits)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply (..., in) by the weights; the result has the dtype of `x`."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        if rows.device.type == "cpu":
-            if self.kernel is None:
-                self.prepare()
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.kernel, self.group_size, self.scales_and_zeros)
-            y = y[:, : self.out_features]
-        else:
-            y = linear(rows, self.dequantised().to(torch.bfloat16))
-        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+
+class Int2Linear(GroupedLinear):
+    """2-bit weights in groups."""
+
+    kind = "int2"
+    bits = 2
+
+
+class Int3Linear(GroupedLinear):
+    """3-bit weights in groups: 32 of them in 12 bytes."""
+
+    kind = "int3"
+    bits = 3
+
+
+class Int4Linear(GroupedLinear):
+    """4-bit weights in groups, multiplied by PyTorch's own kernel on a CPU.
+
+    On first use there `packed` is exchanged for the layout of that CPU's kernel, of the same size, so memory never
+    holds both; state dicts and moves to other devices bring `packed` back.
+    """
+
+    kind = "int4"
+    bits = 4
+    kernel: torch.Tensor | None  # while it holds the weights, `packed` is empty
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, group_size: int) -> None:
+        super().__init__(in_features, out_features, bias, dtype, group_size=group_size)
+        self.register_buffer("kernel", None, persistent=False)
+
+    def rows(self, which: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weights (out, in), unpacked."""
+        if self.kernel is None:
+            return super().rows(which, dtype)
+        both = self.scales_and_zeros[:, : self.out_features][:, which].to(dtype)
+        return dequantise_groups(self._from_kernel()[which], both[..., 0].T, both[..., 1].T, self.bits)
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """Return states (n, in) times the weights, without the bias, both in bfloat16."""
+        if states.device.type != "cpu":
+            return super().product(states)
+        if self.kernel is None:
+            self.prepare()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(states, self.kernel, self.group_size, self.scales_and_zeros)
+        return y[:, : self.out_features]
 
     # ------------------------------------------------ the kernel's layout
 
@@ -264,7 +353,7 @@ class Int4Linear(_Packed):
         if self.kernel is not None or self.packed.device.type != "cpu":
             return
         spare = -self.out_features % 16  # the kernel wants whole blocks of 16 outputs
-        quantised = nn.functional.pad(_unpack(self.packed), (0, 0, 0, spare))
+        quantised = nn.functional.pad(unpack_bits(self.packed, 4), (0, 0, 0, spare))
         both = self.scales_and_zeros.to(torch.bfloat16)
         self.scales_and_zeros = nn.functional.pad(both, (0, 0, 0, spare)).contiguous()
         self.kernel = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantised.int(), 1)
@@ -286,7 +375,7 @@ class Int4Linear(_Packed):
 
     def _restore(self) -> None:
         if self.kernel is not None:
-            self.packed = _pack(self._from_kernel())
+            self.packed = pack_bits(self._from_kernel(), 4)
             self.scales_and_zeros = self.scales_and_zeros[:, : self.out_features].contiguous()
             self.kernel = None
 
@@ -299,7 +388,7 @@ class Int4Linear(_Packed):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is not None:
-            destination[prefix + "packed"] = _pack(self._from_kernel())
+            destination[prefix + "packed"] = pack_bits(self._from_kernel(), 4)
             destination[prefix + "scales_and_zeros"] = self.scales_and_zeros[:, : self.out_features].contiguous()
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -307,37 +396,44 @@ class Int4Linear(_Packed):
         super()._load_from_state_dict(*args)
 
 
-def _pack(quantised: torch.Tensor) -> torch.Tensor:
-    """Return uint8 (out, in / 2) of values in 0..15 (out, in): even columns in the low half-byte."""
-    return quantised[:, ::2] | (quantised[:, 1::2] << 4)
+# Widths of the parts a weight is cut into, so that bytes hold whole parts of 8, 4, 2 or 1 bits; lowest bits first.
+_PARTS = {bits: [width for width in (8, 4, 2, 1) if bits & width] for bits in range(1, 9)}
 
 
-def _unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Return the values in 0..15, uint8 (out, in), of `_pack`'s result."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+def pack_bits(quantised: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 (out, in x bits / 8) of values in 0..2^bits - 1, uint8 (out, in); 8 must divide `in`.
+
+    A part of n bits takes n/8 of the columns: byte k holds it of the weights k, k + in n/8, k + 2 in n/8 ...
+    """
+    if bits == 4:  # neighbours in one byte
+        return quantised[:, ::2] | (quantised[:, 1::2] << 4)
+    packed, shift = [], 0
+    for width in _PARTS[bits]:
+        part = ((quantised >> shift) & (2**width - 1)).chunk(8 // width, dim=1)
+        byte = part[0].clone()
+        for place in range(1, len(part)):
+            byte |= part[place] << (width * place)
+        packed.append(byte)
+        shift += width
+    return torch.cat(packed, dim=1)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the values, uint8 (out, in), of `pack_bits`' result."""
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+    inputs = packed.shape[1] * 8 // bits
+    values, shift, first = None, 0, 0
+    for width in _PARTS[bits]:
+        part = packed[:, first : first + inputs * width // 8]
+        value = torch.cat([(part >> (width * place)) & (2**width - 1) for place in range(8 // width)], dim=1)
+        values = value if values is None else values.bitwise_or_(value << shift)
+        shift, first = shift + width, first + part.shape[1]
+    assert values is not None
+    return values
 
 
 # ---------------------------------------------------------------- in a model
-
-
-KINDS: dict[str, type[_Packed]] = {cls.kind: cls for cls in (Int8Linear, Int8DynamicLinear, Int4Linear)}
-
-
-def module_class(kind: str) -> Any:
-    """Return the class of a kind named in structure.json.
-
-    Raises:
-        CandidateFailed: "load_error", no such kind.
-    """
-    from knowledge_base.techniques._low_rank_module import LowRankLinear
-
-    kinds = {**KINDS, LowRankLinear.kind: LowRankLinear}
-    if kind not in kinds:
-        raise CandidateFailed(
-            "load_error", f"unknown kind of module `{kind}`; known: {', '.join(sorted(kinds))}",
-            hint="build the artefact again with this version",
-        )  # fmt: skip
-    return kinds[kind]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -359,27 +455,26 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def expert_tensors(model: nn.Module) -> Iterator[str]:
-    """Yield the names of 3-D expert weights; the packed kinds hold one matrix, so they stay as they are."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and "experts" in name:
-            yield name
-
-
-def pack(model: nn.Module, name: str, kind: str, group_size: int | None = None) -> bool:
+def pack(
+    model: nn.Module, name: str, kind: str, group_size: int | None = None, quantise: Quantise | None = None, **spec: Any
+) -> bool:
     """Replace one linear module by its packed kind; return whether its shape allowed it.
 
-    int4 takes the largest group size up to `group_size` that divides the inputs.
+    A kind in groups takes the largest group size up to `group_size` that divides the inputs, and the weights
+    `quantise` finds (to nearest where None). `spec` are further parameters of the kind.
     """
     module = model.get_submodule(name)
     weight, bias = matrix_of(module), getattr(module, "bias", None)
-    if kind == "int4":
+    made = module_class(kind)
+    if made.grouped:
         size = usable_group_size(weight.shape[1], group_size or GROUP_SIZES[-1])
         if size is None:
             return False
-        packed: nn.Module = Int4Linear.from_weight(weight, bias, group_size=size)
+        spec["group_size"] = size
+    if quantise is None:
+        packed: nn.Module = made.from_weight(weight, bias, **spec)
     else:
-        packed = module_class(kind).from_weight(weight, bias)
+        packed = made.from_quantised(*quantise(weight, spec["group_size"], made.bits), bias, weight.dtype)
     model.set_submodule(name, packed)
     return True
 
@@ -390,24 +485,34 @@ def dense_bytes(module: nn.Module) -> int:
 
 
 def packed_bytes(shape: Sequence[int], bits: int, group_size: int) -> int | None:
-    """Return the stored bytes of a matrix (out, in) at 4 or 8 bits, scales included; None: it cannot be packed."""
+    """Return the stored bytes of a matrix (out, in) at 2, 3, 4 or 8 bits, scales included; None: it cannot be packed."""
     outputs, inputs = shape
     if bits == 8:
         return outputs * inputs + 2 * outputs
     size = usable_group_size(inputs, group_size)
-    return None if size is None else outputs * inputs // 2 + 4 * outputs * (inputs // size)
+    return None if size is None else outputs * inputs * bits // 8 + 4 * outputs * (inputs // size)
 
 
-def pack_all(session: Session, technique: str, kind: str, group_size: int | None = None) -> None:
+def pack_all(
+    session: Session,
+    technique: str,
+    kind: str,
+    group_size: int | None = None,
+    quantise: Quantise | None = None,
+    **spec: Any,
+) -> None:
     """Replace every linear module inside the layers by its packed kind; the notes tell what was left as it is.
+
+    Experts stored as 3-D weights become linear modules first. The rest is as in `pack`.
 
     Raises:
         CandidateFailed: "unsupported", the layers hold nothing that can be packed.
     """
-    modules = linears(session.model)
     left = []
+    split_experts(session.model)
+    modules = list(linears(session.model))  # names only: a dense matrix that was replaced must not stay
     for done, name in enumerate(modules):
-        if not pack(session.model, name, kind, group_size):
+        if not pack(session.model, name, kind, group_size, quantise, **spec):
             left.append(name)
         session.progress(technique, (done + 1) / len(modules))
     note(session, technique, len(modules) - len(left), left)
@@ -426,5 +531,5 @@ def note(session: Session, technique: str, packed: int, left: list[str]) -> None
             hint="use weight_int8 instead",
         )
     session.notes[f"{technique}.matrices"] = packed
-    if left := [*left, *expert_tensors(session.model)]:
+    if left:
         session.notes[f"{technique}.left_as_they_are"] = left

@@ -11,7 +11,7 @@ from knowledge_base.types import Demand
 
 
 def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
-    """Return the demand with the expected loss of a method at that strength multiplied in.
+    """Return the demand with the expected loss of a method at that strength multiplied in, less what a step before eased.
 
     Raises:
         LookupError: nothing published prices the method: a technique names one that is priced, or brings its own figure.
@@ -19,10 +19,23 @@ def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
     loss = expected_loss(method, knobs, demand.model.params_total, family_of(demand.model.name))
     if loss is None:
         raise LookupError(f"no published loss of quality for {method} with {knobs}")
+    if (left := dict(demand.eased).get(loss.group, 1.0)) < 1:
+        loss = replace(loss, mid=left * loss.mid, low=left * loss.low, high=left * loss.high, sd=left * loss.sd)
     shared = sum(2 * loss.sd * before.sd for before in demand.losses if lose_more_together(before, loss))
     return replace(
         demand,
         perplexity_ratio=demand.perplexity_ratio * math.exp(loss.mid),
         perplexity_log_sd=math.sqrt(demand.perplexity_log_sd**2 + loss.sd**2 + shared),
         losses=(*demand.losses, loss),
+    )
+
+
+def eased(demand: Demand, **left: float) -> Demand:
+    """Return the demand with less to lose for later steps: the share of a loss that stays, by group of quality.GROUPS.
+
+    Two steps that ease the same rounding are as good as the better one.
+    """
+    before = dict(demand.eased)
+    return replace(
+        demand, eased=tuple(sorted((before | {g: min(s, before.get(g, 1.0)) for g, s in left.items()}).items()))
     )

@@ -1,112 +1,253 @@
-"""How much quality each matrix costs at fewer bits: one is rounded at a time, the rest stays as it is.
+"""How much quality each matrix costs at each option: one is changed at a time, the rest stays as it is.
 
-The sum over matrices predicts the loss of rounding them together; it leaves out how their errors interact.
+The sum over matrices predicts the loss of changing them together; it leaves out how their errors interact. Measured once
+for a model and calibration text: any number of budgets is allocated from the same figures.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from knowledge_base.build_memory import LOGIT_BYTES_MAX, TOKENS_AT_ONCE
 from knowledge_base.errors import CandidateFailed
+from knowledge_base.serde import digest, write_json
 from knowledge_base.techniques import _packed
-from knowledge_base.techniques._blocks import calibration_rows, decoder_layers, matrix_of
+from knowledge_base.techniques._blocks import Moments, _Recorder, calibration_rows, decoder_layers, matrix_of
+from knowledge_base.techniques._choices import AS_IT_IS, BITS, Option, made, part_of, sizes, weights_of
+from knowledge_base.techniques._experts_module import split_experts
 from knowledge_base.types import Session
 
 # Tokens of calibration text. The difference to the unchanged model is paired, so few are enough.
-TOKENS_MAX = 1024
-TOKENS_FEW = 512  # fewer only when rounding whole layers together still takes too long
-LOGIT_BYTES_MAX = 256 << 20  # reference log-probabilities kept
+TOKENS_MAX = TOKENS_AT_ONCE
+TOKENS_FEW = 512  # fewer only when the cheapest way still takes too long
+ANCHOR = Option(4)  # measured where time allows one option only
+
+EVERY, ONE, LAYER = "every option of each matrix", "one option of each matrix", "one option of each layer"
+Found = dict[str, dict[str, dict[str, float]]]
 
 
 def measure_sensitivities(
-    session: Session, bits: tuple[int, ...] = (4, 8), group_size: int = 64, time_limit_s: float = 60.0
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Return for each matrix and number of bits what it costs: {name: {"4": {"loss_increase", "bytes", "params"}}}.
+    session: Session,
+    options: Sequence[Option] = BITS,
+    group_size: int = 64,
+    time_limit_s: float = 60.0,
+    *,
+    compensated: bool = False,
+) -> Found:
+    """Return for each matrix and option what it costs: {name: {"4": {"loss_increase", "bytes", "memory", "params", ...}}}.
 
-    `loss_increase` is the mean KL divergence, in nats for each token, from the unchanged model on calibration text;
-    `bytes` what storage takes, scales included. "16" stands for leaving the matrix as it is.
+    On calibration text, against the unchanged model:
 
-    One forward pass for each matrix and precision, from its layer on. Where those would take longer than
-    `time_limit_s`, fewer tokens are read, down to 512; where that is still too long, the matrices of a layer are
-    rounded together and share the increase by their parameters, on fewer tokens yet if need be. `session.notes`
-    tells what was done. The model is unchanged after.
+        loss_increase           mean KL divergence, nats for each token: what allocations add up
+        next_token_change_nats  change of the mean loss of the next token, which may be below zero; only where measured
+        output_error            squared change of the matrix's outputs over their squares
+
+    `bytes` is what storage takes, scales included, `memory` the same once it is loaded. "16" stands for leaving the matrix
+    as it is. Experts stored as 3-D weights become linear modules; else the model is unchanged after.
+
+    One forward pass for each matrix and option, from its layer on. Where those would take longer than `time_limit_s`,
+    fewer tokens are read, down to 512; then one option is measured and the others told by how much they change the
+    matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer.
+    `session.notes` tells what was done. What is done of an interrupted measurement is kept in the workspace.
+
+    Args:
+        compensated: change matrices as a build will that makes up for rounding errors, unless that alone takes half of the
+            time; else they are rounded to nearest. On the shipped model at 3.5 bits for each weight an allocation from
+            such figures loses 2.4 % of perplexity, one from rounding to nearest 3.6 %, and all matrices at 3 bits 3.8 %.
 
     Raises:
         CandidateFailed: no calibration text, or the model's layers are not found.
     """
     model = session.model.eval()
-    tokens = _tokens(session)
+    split_experts(model)
+    tokens = calibration_tokens(session)
     layers = decoder_layers(model)
     names = {id(layer): name for name, layer in model.named_modules()}
     modules = _packed.linears(model)
     by_layer = [{name: m for name, m in modules.items() if name.startswith(names[id(layer)] + ".")} for layer in layers]
 
     with torch.no_grad():
-        trial = _Trial(model, layers, tokens)
-        weights = [1 - i / len(layers) for i in range(len(layers))]  # a pass begins at the layer that was changed
-        passes = {
-            "a matrix at a time": len(bits) * sum(len(group) * w for group, w in zip(by_layer, weights)),
-            "a layer at a time": len(bits) * sum(weights),
-        }
-        share = {how: time_limit_s / (count * trial.forward_s) for how, count in passes.items()}
-        together = share["a matrix at a time"] * tokens.numel() < min(TOKENS_FEW, tokens.numel())
-        how = "a layer at a time" if together else "a matrix at a time"
-        if share[how] < 1:
-            tokens = _fewer(tokens, share[how])
-            trial = _Trial(model, layers, tokens)
-        found: dict[str, dict[str, dict[str, float]]] = {}
+        trial = Trial(model, layers, tokens)
+        kept = _Kept(session, [[str(o) for o in options], group_size, compensated, trial.fingerprint])
+        if kept.way is None:
+            kept.way = _way(trial, by_layer, options, group_size, time_limit_s, compensated)
+        way = kept.way
+        if list(tokens.shape) != way["tokens"]:
+            trial = Trial(model, layers, tokens[: way["tokens"][0], : way["tokens"][1]])
+        options = [option for option in options if str(option) not in way["left_out"]]
         for index, group in enumerate(by_layer):
-            for name, module in group.items():
-                params = matrix_of(module).numel()
-                found[name] = {"16": {"loss_increase": 0.0, "bytes": _packed.dense_bytes(module), "params": params}}
-            for part in [group] if together else [{name: module} for name, module in group.items()]:
-                for number in bits:
-                    _measure(trial, index, part, number, group_size, found)
+            if index not in kept.layers:
+                kept.add(index, _layer(trial, index, group, options, group_size, way["measured"], way["compensated"]))
             session.progress("sensitivities", (index + 1) / len(layers))
-    session.notes["sensitivities.tokens"] = tokens.numel()
-    session.notes["sensitivities.rounded"] = how
+    session.notes["sensitivities.tokens"] = trial.tokens.numel()
+    session.notes["sensitivities.measured"] = way["measured"]
+    session.notes["sensitivities.rounded"] = "compensated" if way["compensated"] else "to nearest"
+    if way["left_out"]:
+        session.notes["sensitivities.left_out"] = way["left_out"]
+    return kept.all()
+
+
+def _way(
+    trial: Trial, by_layer: Sequence[Mapping[str, nn.Module]], options: Sequence[Option], group_size: int,
+    time_limit_s: float, compensated: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return how to measure in about so many seconds: the shape of the tokens, what is measured, and what is left out."""
+    tokens, layers = trial.tokens, len(by_layer)
+    weights = [1 - i / layers for i in range(layers)]  # a pass begins at the layer that was changed
+    each = sum(len(group) * weight for group, weight in zip(by_layer, weights))
+    watching = sum(weights)
+    passes = {EVERY: len(options) * each + watching, ONE: each + watching, LAYER: 2 * watching}
+    share = {how: time_limit_s / (count * trial.forward_s) for how, count in passes.items()}
+    few = min(TOKENS_FEW, tokens.numel())
+    how = next((h for h in (EVERY, ONE) if share[h] * tokens.numel() >= few), LAYER)
+    read = _fewer(tokens, share[how]) if share[how] < 1 else tokens
+    # Half of the time may go into making what is measured.
+    whole, thin = ([o for o in options if (o.keep < 1) is less] for less in (False, True))
+    compensated = compensated and _making_s(trial, by_layer, whole, group_size) < time_limit_s / 2
+    if thin and _making_s(trial, by_layer, thin, group_size) < time_limit_s / 2:
+        thin = []
+    left_out = [str(option) for option in thin]
+    return {"tokens": list(read.shape), "measured": how, "compensated": compensated, "left_out": left_out}
+
+
+def _making_s(
+    trial: Trial, by_layer: Sequence[Mapping[str, nn.Module]], options: Sequence[Option], group_size: int
+) -> float:
+    """Return seconds that making up for the errors of all matrices at all options takes, by one matrix at one of them."""
+    name, module = next(iter(by_layer[0].items()))
+    inputs = trial.watch(0, by_layer[0], full=True)
+    began = time.monotonic()
+    made(module, ANCHOR if ANCHOR in options else options[0], group_size, inputs.get(name))
+    weights = sum(matrix_of(module).numel() for group in by_layer for module in group.values())
+    return (time.monotonic() - began) * len(options) * weights / matrix_of(module).numel()
+
+
+def _layer(
+    trial: Trial, index: int, group: Mapping[str, nn.Module], options: Sequence[Option], group_size: int, how: str,
+    compensated: bool,
+) -> Found:  # fmt: skip
+    """Return what each option of each matrix of one layer costs and takes."""
+    inputs = trial.watch(index, group, full=compensated or any(o.keep < 1 for o in options))
+    found: Found = {}
+    for name, module in group.items():
+        matrix, dense = matrix_of(module), _packed.dense_bytes(module)
+        each = {str(o): sizes(matrix.shape, o, group_size, dense) for o in options}
+        each[AS_IT_IS] = {"bytes": dense, "memory": dense}
+        found[name] = {
+            o: {"loss_increase": 0.0, **taken, "params": matrix.numel()} for o, taken in each.items() if taken
+        }
+        found[name][AS_IT_IS] |= {"next_token_change_nats": 0.0, "output_error": 0.0}
+    anchor = ANCHOR if ANCHOR in options else options[-1]
+    plain = inputs if compensated else {name: replace(seen, products=None) for name, seen in inputs.items()}
+    for option in options:
+        if option.bits == 0:  # parts are removed as one
+            parts: dict[str, dict[str, nn.Module]] = {}
+            for name, module in group.items():
+                parts.setdefault(part_of(name), {})[name] = module
+            units = list(parts.values())
+        elif how == EVERY or (how == ONE and option == anchor):
+            units = [{name: module} for name, module in group.items()]
+        elif how == LAYER and option == anchor:
+            units = [dict(group)]
+        else:
+            continue
+        for unit in units:
+            _measure(trial, index, unit, option, group_size, inputs if option.keep < 1 else plain, found)
+    if how != EVERY:
+        _tell_others(group, options, anchor, group_size, plain, found)
     return found
 
 
 def _measure(
-    trial: _Trial, index: int, modules: Mapping[str, nn.Module], bits: int, group_size: int, found: dict[str, Any]
-) -> None:
-    sizes = {name: _packed.packed_bytes(matrix_of(m).shape, bits, group_size) for name, m in modules.items()}
-    rounded = [name for name, size in sizes.items() if size is not None]
-    if not rounded:
+    trial: Trial, index: int, unit: Mapping[str, nn.Module], option: Option, group_size: int,
+    inputs: Mapping[str, Moments], found: Found,
+) -> None:  # fmt: skip
+    """Change some matrices of a layer together, write down what it costs, and change them back."""
+    changed = {
+        name: made(module, option, group_size, inputs.get(name))
+        for name, module in unit.items()
+        if str(option) in found[name]
+    }
+    if not changed:
         return
-    kept = {name: matrix_of(modules[name]).clone() for name in rounded}
+    kept = {name: matrix_of(unit[name]).clone() for name in changed}
     try:
-        for name, weight in kept.items():
-            matrix_of(modules[name]).copy_(_rounded(weight, bits, group_size))
-        increase = trial.divergence(index)
+        for name, new in changed.items():
+            assert new is not None
+            matrix_of(unit[name]).copy_(weights_of(new))
+        increase, next_token = trial.compare(index)
+        # Of matrices changed together, each answers for its share of what their outputs changed; removed ones alike.
+        moved = {name: _moved(kept[name], matrix_of(unit[name]), inputs.get(name)) for name in changed}
     finally:
         for name, weight in kept.items():
-            matrix_of(modules[name]).copy_(weight)
-    total = sum(weight.numel() for weight in kept.values())
-    for name, weight in kept.items():
-        share = weight.numel() / total
-        found[name][str(bits)] = {
-            "loss_increase": increase * share, "bytes": sizes[name], "params": weight.numel()
+            matrix_of(unit[name]).copy_(weight)
+    total = sum(moved.values())
+    for name in changed:
+        share = moved[name] / total if total else 1 / len(changed)
+        found[name][str(option)] |= {
+            "loss_increase": increase * share, "next_token_change_nats": next_token * share, "output_error": moved[name]
         }  # fmt: skip
 
 
-def _rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    if bits == 8:
-        quantised, scales = _packed.quantise_channels(weight, torch.bfloat16)
-        return quantised.float() * scales.float()[:, None]
-    size = _packed.usable_group_size(weight.shape[1], group_size)
-    assert size is not None
-    quantised, scales, zeros = _packed.quantise_groups(weight, size)
-    return (quantised.float() - 8) * scales.repeat_interleave(size, 1) + zeros.repeat_interleave(size, 1)
+def _tell_others(
+    group: Mapping[str, nn.Module], options: Sequence[Option], anchor: Option, group_size: int,
+    inputs: Mapping[str, Moments], found: Found,
+) -> None:  # fmt: skip
+    """Tell the options that were not measured by how much they change the outputs, against the one that was."""
+    for name, module in group.items():
+        matrix = matrix_of(module)
+        moved = {
+            option: _moved(matrix, weights_of(new), inputs.get(name))
+            for option in options
+            if option.bits and (new := made(module, option, group_size, inputs.get(name))) is not None
+        }
+        if (known := moved.get(anchor)) is None:  # nothing was measured of this matrix: told by nothing, never changed
+            for option in moved:
+                del found[name][str(option)]
+            continue
+        for option, change in moved.items():
+            found[name][str(option)]["output_error"] = change
+            if option != anchor and known:
+                found[name][str(option)]["loss_increase"] = found[name][str(anchor)]["loss_increase"] * change / known
 
 
-def _tokens(session: Session) -> torch.Tensor:
+def _moved(before: torch.Tensor, after: torch.Tensor, inputs: Moments | None) -> float:
+    """Return the squared change of a matrix's outputs over their squares, on the vectors that enter it."""
+    before, after = before.float(), after.float()
+    if inputs is None:
+        return ((after - before).square().sum() / before.square().sum().clamp_min(1e-30)).item()
+    sample = inputs.sample.T
+    return (((after - before) @ sample).square().sum() / (before @ sample).square().sum().clamp_min(1e-30)).item()
+
+
+class _Kept:
+    """How sensitivities are measured and what is known of each layer, kept in the session's workspace until all is."""
+
+    def __init__(self, session: Session, asked: Any) -> None:
+        self.way: dict[str, Any] | None = None
+        self.layers: dict[int, Found] = {}
+        self._path = session.workspace / f"sensitivities-{digest(asked)[:16]}.json"
+        if self._path.exists():
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            self.way, self.layers = kept["way"], {int(i): found for i, found in kept["layers"].items()}
+
+    def add(self, index: int, found: Found) -> None:
+        self.layers[index] = found
+        write_json(self._path, {"way": self.way, "layers": self.layers})
+
+    def all(self) -> Found:
+        self._path.unlink(missing_ok=True)
+        return {name: choices for _, layer in sorted(self.layers.items()) for name, choices in layer.items()}
+
+
+def calibration_tokens(session: Session) -> torch.Tensor:
     vocabulary = session.model.config.get_text_config().vocab_size
     rows = calibration_rows(session, bytes_per_token=4.0 * vocabulary)
     limit = min(TOKENS_MAX, LOGIT_BYTES_MAX // (4 * vocabulary))
@@ -120,7 +261,7 @@ def _fewer(tokens: torch.Tensor, share: float) -> torch.Tensor:
     return tokens[:rows, : max(2, wanted // rows)]
 
 
-class _Trial:
+class Trial:
     """The unchanged model's answers, and a way to compare a changed one that skips the layers before the change."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, tokens: torch.Tensor) -> None:
@@ -130,12 +271,18 @@ class _Trial:
         try:
             began = time.monotonic()
             self.reference = self._log_probs()
+            self.reference_loss = self._loss(self.reference)
             self.forward_s = time.monotonic() - began
         finally:
             for handle in handles:
                 handle.remove()
         if not torch.isfinite(self.reference).all():
             raise CandidateFailed("non_finite", "the unchanged model gives numbers that are not finite")
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """What tells this model and text from others."""
+        return [list(self.tokens.shape), f"{self.reference_loss:.6f}"]
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -146,8 +293,28 @@ class _Trial:
     def _log_probs(self) -> torch.Tensor:
         return self.model(self.tokens, use_cache=False).logits.float().log_softmax(-1)
 
+    def _loss(self, log_probs: torch.Tensor) -> float:
+        """Return the mean loss of the next token, in nats."""
+        following = self.tokens[:, 1:, None].to(log_probs.device)
+        return -log_probs[:, :-1].gather(-1, following).mean(dtype=torch.float64).item()
+
+    def watch(self, index: int, modules: Mapping[str, nn.Module], *, full: bool) -> dict[str, Moments]:
+        """Return what enters each matrix of a layer, by name; those the text never came through are left out."""
+        recorder = _Recorder(self.layers[index], full=full)
+        recorder.start()
+        try:
+            self.divergence(index)
+        finally:
+            recorder.stop()
+        seen = {id(matrix.module): matrix.inputs for matrix in recorder.found}
+        return {name: seen[id(module)] for name, module in modules.items() if id(module) in seen}
+
     def divergence(self, first: int) -> float:
         """Return the mean KL(unchanged || now) in nats for each token; layers before `first` are known unchanged."""
+        return self.compare(first)[0]
+
+    def compare(self, first: int) -> tuple[float, float]:
+        """Return that divergence, and by how much the mean loss of the next token changed."""
         for layer, output in zip(self.layers[:first], self.outputs):
             layer.forward = lambda *args, _output=output, **kwargs: _copy(_output)
         try:
@@ -158,7 +325,7 @@ class _Trial:
         kl = (self.reference.exp() * (self.reference - changed)).sum(-1).mean().item()
         if kl != kl:
             raise CandidateFailed("non_finite", f"rounding a matrix of layer {first} gives numbers that are not finite")
-        return max(kl, 0.0)
+        return max(kl, 0.0), self._loss(changed) - self.reference_loss
 
 
 def _copy(output: Any) -> Any:

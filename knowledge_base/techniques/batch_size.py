@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -19,6 +20,7 @@ TECHNIQUE = Technique(
     needs=frozenset({"batch"}),
     provides=frozenset({"batched"}),
     lossless=True,
+    memory=SHAPES,
     sources=("https://huggingface.co/blog/bloom-inference-pytorch-scripts",),
 )
 
@@ -36,14 +38,19 @@ EVIDENCE = (
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot help that workload, or None."""
-    if workload.concurrency == 1:
+    if workload.concurrency == 1 and not arriving(workload):
         return "the workload has one request at a time, so there is nothing to batch (workload.concurrency)"
     return None
 
 
+def arriving(workload: Workload) -> bool:
+    """Return whether requests come when they come: then any number of them may be there at once."""
+    return workload.requests_per_s is not None or workload.trace is not None
+
+
 def legal(knobs: Mapping[str, int], model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this setting is refused for that workload, or None."""
-    if knobs["count"] > workload.concurrency:
+    if knobs["count"] > workload.concurrency and not arriving(workload):
         return f"a batch of {knobs['count']} is never full with {workload.concurrency} requests at a time"
     return None
 

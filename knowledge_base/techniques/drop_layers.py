@@ -1,11 +1,13 @@
-"""Remove whole decoder layers, the ones the model misses least.
+"""Remove whole decoder layers, the ones the model misses least: one after another, each chosen on what is left.
 
-Candidates are the layers that change their input least (block influence, ShortGPT, arXiv:2403.03853); among them
-the one whose removal hurts the calibration loss least goes, and the choice is made anew for the next.
+`by="influence"` takes the layer that changes its input least (block influence, ShortGPT, arXiv:2403.03853): one pass over
+the text for each that goes. `by="loss"` tries each layer and takes the one whose removal hurts the calibration loss least
+(SLEB, arXiv:2402.09025): as many passes as there are layers, and mostly the better choice.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +19,17 @@ TECHNIQUE = Technique(
     stage="compress",
     family="depth",
     implements=("layer_drop",),
-    knobs={"count": Choice(options=(1, 2, 3), default=1)},
+    knobs={
+        "count": Choice(options=(1, 2, 3), default=1),
+        "by": Choice(options=("influence", "loss"), default="loss"),
+    },
     saves=(
         "weights_bytes", "kv_cache_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "ttft_s",
         "tpot_s", "latency_s", "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token",
     ),
     spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s"),
     needs_calibration=True,
-    sources=("arXiv:2403.03853", "https://github.com/Zephyr271828/llm-pruning-collection-fork"),
+    sources=("arXiv:2403.03853", "arXiv:2402.09025", "https://github.com/Zephyr271828/llm-pruning-collection-fork"),
 )  # fmt: skip
 
 _PPL = "WikiText-2 perplexity"
@@ -57,7 +62,7 @@ def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> 
     return None
 
 
-def rewrite(demand: Demand, *, count: int) -> Demand:
+def rewrite(demand: Demand, *, count: int, by: str) -> Demand:
     """Return the demand of a model with `count` layers fewer; the model in it has the new depth."""
     model = demand.model
     share = 1 - count / model.layers
@@ -83,20 +88,18 @@ def rewrite(demand: Demand, *, count: int) -> Demand:
         kv_bytes_per_token=demand.kv_bytes_per_token * share,
         kernels_per_step=demand.kernels_per_step * share,
         layers=demand.layers * share,
-        build_flop=demand.build_flop + (1 + 4 * count) * 2 * demand.linear_params * 8_192,
+        build_flop=demand.build_flop + count * (model.layers if by == "loss" else 1) * 2 * demand.linear_params * 2_048,
         because=(*demand.because, f"{count} of {model.layers} layers dropped, with their weights and KV cache"),
     )
 
 
-def execute(session: Session, *, count: int) -> None:
+def execute(session: Session, *, count: int, by: str) -> None:
     """Remove `count` layers one after another and renumber what stays.
 
     Raises:
         CandidateFailed: more than a third of the layers would go, there is no calibration text, or the model's layers
             depend on their number.
     """
-    import torch
-
     from knowledge_base.errors import CandidateFailed
     from knowledge_base.techniques._blocks import calibration_rows, decoder_layers, mean_loss
 
@@ -124,16 +127,20 @@ def execute(session: Session, *, count: int) -> None:
 
     everything: list[Any] = list(layers)
     for done in range(count):
-        influence = _influence(model, layers, rows)
-        # The first layer turns embeddings into states; the paper never finds it redundant, so it is not tried.
-        candidates = sorted(range(1, len(kept)), key=lambda i: (influence[i], i))[:4]
-        losses = {}
-        for candidate in candidates:
-            hold([n for i, n in enumerate(kept) if i != candidate])
-            losses[candidate] = mean_loss(model, rows)
-        best = min(losses, key=lambda i: (losses[i], i))
-        if not torch.isfinite(torch.tensor(losses[best])):
-            raise CandidateFailed("non_finite", "the loss is not finite whichever layer is dropped")
+        # The first layer turns embeddings into states; neither paper finds it redundant, so it stays.
+        candidates = range(1, len(kept))
+        if by == "influence":
+            influence = _influence(model, layers, rows)
+            best = min(candidates, key=lambda i: influence[i])
+        else:
+            losses = {}
+            for candidate in candidates:
+                hold([n for i, n in enumerate(kept) if i != candidate])
+                losses[candidate] = mean_loss(model, rows)
+                session.progress("drop_layers", (done + candidate / len(kept)) / count)
+            best = min(candidates, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+            if not math.isfinite(losses[best]):
+                raise CandidateFailed("non_finite", "the loss is not finite whichever layer is dropped")
         del kept[best]
         hold(kept)
         session.progress("drop_layers", (done + 1) / count)

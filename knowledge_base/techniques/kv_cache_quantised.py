@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 GROUP = 32  # channels of one head that share a scale; as in engines/_torch_cache.py and llama.cpp's formats
@@ -22,6 +23,7 @@ TECHNIQUE = Technique(
             "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),
     needs=frozenset({"kv:8", "kv:4"}),
     provides=frozenset({"kv_quantised"}),
+    memory=SHAPES,
     sources=("arXiv:2402.02750", "https://huggingface.co/blog/kv-cache-quantization"),
 )  # fmt: skip
 

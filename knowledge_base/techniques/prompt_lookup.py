@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -17,6 +18,7 @@ TECHNIQUE = Technique(
     needs=frozenset({"lookup"}),
     provides=frozenset({"drafts"}),
     lossless=True,
+    memory=SHAPES,
     sources=("https://github.com/apoorvumang/prompt-lookup-decoding", "arXiv:2401.07851"),
 )  # fmt: skip
 

@@ -28,6 +28,8 @@ TECHNIQUE = Technique(
     sources=("arXiv:1707.06168", "arXiv:2401.15024", "https://github.com/horseee/LLM-Pruner"),
 )  # fmt: skip
 
+ROUNDS = 64  # of all channels: those that go in one batch are judged at once
+
 _PPL = "WikiText-2 perplexity"
 _SLICEGPT = "https://arxiv.org/abs/2401.15024"
 _COLLECTION = "https://github.com/Zephyr271828/llm-pruning-collection-fork"
@@ -108,8 +110,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
 def execute(session: Session, *, keep: float) -> None:
     """Shrink every layer's feed-forward part to `kept_channels` and correct its down matrix.
 
-    With G = sum of h h^T over the channels' calibrated values h, W the down matrix and D = (G + damping)^-1:
-        score_j = ||W_j||^2 / D_jj,   W_kept += W_removed G_removed,kept (G_kept,kept + damping)^-1
+    Channels go in ROUNDS batches, each judged on what the earlier ones left (`_structure.shrinking`).
 
     Raises:
         CandidateFailed: an unknown feed-forward shape, or layers of different widths.
@@ -126,6 +127,7 @@ def execute(session: Session, *, keep: float) -> None:
         shrink_experts,
         shrink_ffn,
     )  # fmt: skip
+    from knowledge_base.techniques._structure import Removal, shrinking
 
     parts = [ffn_of(layer) for layer in decoder_layers(session.model)]
     before = parts[0].size
@@ -138,26 +140,18 @@ def execute(session: Session, *, keep: float) -> None:
     if count >= before:
         raise CandidateFailed("unsupported", f"keep={keep} of {before} channels rounds to all of them")
 
-    def choose(weight: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, gram = weight.double(), products.double()  # (out, channels), (channels, channels)
-        damping = (
-            0.01 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
-        score = weight.square().sum(0) / torch.linalg.inv(gram + damping).diagonal()
-        order = score.argsort(descending=True, stable=True)
-        kept, removed = order[:count].sort().values, order[count:].sort().values
-        inner = (gram + damping)[kept][:, kept]
-        correction = torch.linalg.solve(inner, gram[kept][:, removed] @ weight[:, removed].T).T
-        return kept, weight[:, kept] + correction
+    def choose(weight: torch.Tensor, products: torch.Tensor) -> Removal:
+        return next(shrinking(weight, products, 1, [count], at_once=max(1, before // ROUNDS)))
 
     def change(index: int, layer: torch.nn.Module, matrices: list[Matrix]) -> None:
         ffn = ffn_of(layer)
         if ffn.experts is not None:
             chosen = [choose(m.weight, m.inputs.products) for m in matrices if m.part == "down"]
-            shrink_experts(ffn, [kept for kept, _ in chosen], [down for _, down in chosen])
+            shrink_experts(ffn, [cut.kept for cut in chosen], [cut.weight for cut in chosen])
         else:
             down = next(m for m in matrices if m.module is ffn.down)
-            shrink_ffn(ffn, *choose(down.weight, down.inputs.products))
+            cut = choose(down.weight, down.inputs.products)
+            shrink_ffn(ffn, cut.kept, cut.weight)
 
     each_layer(session, change, full=True, label="prune_width")
     setattr(session.model.config.get_text_config(), key, count)

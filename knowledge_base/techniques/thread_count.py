@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -21,6 +22,7 @@ TECHNIQUE = Technique(
             "cost_usd_per_token"),
     needs=frozenset({"threads"}),
     lossless=True,
+    memory=SHAPES,
     sources=("https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html",),
 )  # fmt: skip
 

@@ -12,15 +12,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from knowledge_base.techniques import _weights
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
+_OFFERED = ("q2_k", "iq3_s", "q3_k", "iq4_xs", "iq4_nl", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16")
 TECHNIQUE = Technique(
     summary="llama.cpp block formats: 3 to 8 bits, multiplied without unpacking to memory",
     stage="quantise",
     family="weights",
     implements=("gguf",),
-    knobs={"type": Choice(options=("q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16"), default="q4_k")},
+    knobs={"type": Choice(options=_OFFERED, default="q4_k")},
     saves=("weights_bytes", "artefact_bytes", "peak_memory_bytes", "network_bytes_per_start", "tpot_s", "latency_s",
            "throughput_tokens_per_s", "energy_j_per_token", "carbon_gco2e_per_token", "cost_usd_per_token"),
     spends=("perplexity", "quality_loss_ratio", "agreement_ratio", "kl_divergence_nats", "build_s"),
@@ -64,16 +66,28 @@ EVIDENCE = (
 # Bits a weight takes and weights that share a block: size of the block_* structs in ggml/src/ggml-common.h.
 BITS = {
     "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5625, "q5_1": 6.0, "q5_0": 5.5, "q5_k": 5.5,
-    "q4_0": 4.5, "q4_k": 4.5, "q3_k": 3.4375,
+    "q4_0": 4.5, "q4_k": 4.5, "iq4_nl": 4.5, "iq4_xs": 4.25, "q3_k": 3.4375, "iq3_s": 3.4375, "q2_k": 2.625,
 }  # fmt: skip
-BLOCK = {"q8_0": 32, "q5_1": 32, "q5_0": 32, "q4_0": 32, "q6_k": 256, "q5_k": 256, "q4_k": 256, "q3_k": 256}
-_WIDER = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0"}
+BLOCK = {
+    "q8_0": 32, "q5_1": 32, "q5_0": 32, "q4_0": 32, "iq4_nl": 32, "q6_k": 256, "q5_k": 256, "q4_k": 256, "iq4_xs": 256,
+    "q3_k": 256, "iq3_s": 256, "q2_k": 256,
+}  # fmt: skip
+_WIDER = {
+    "q6_k": "q8_0",
+    "q5_k": "q5_1",
+    "q4_k": "q5_0",
+    "q3_k": "q4_0",
+    "iq4_xs": "iq4_nl",
+    "iq3_s": "iq4_nl",
+    "q2_k": "q4_0",
+}
 
 # The published mix nearest to one type in every matrix, where llama.cpp offers mixes only.
 _PUBLISHED = {"q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s"}
 _F16_LOG_SD = 3e-4  # of log perplexity: rounding to 11 significant bits, as in weight_dtype
 # Multiply-adds a core could do while it quantises one weight: measured ns for each weight x 98 GFLOP/s (EPYC).
-_BUILD_FLOP = {"f16": 350, "q8_0": 330, "q6_k": 3_100, "q5_k": 6_400, "q4_k": 7_800, "q4_0": 250, "q3_k": 1_500}
+_BUILD_FLOP = {"f16": 350, "q8_0": 330, "q6_k": 3_100, "q5_k": 6_400, "q4_k": 7_800, "q4_0": 250, "q3_k": 1_500,
+               "q2_k": 7_000, "iq3_s": 36_000, "iq4_xs": 42_000, "iq4_nl": 42_000}  # fmt: skip
 
 
 def stored_type(type: str, row: int) -> str:
@@ -94,20 +108,7 @@ def table_type(type: str) -> str:
 
 def bits_per_weight(model: Model, type: str) -> float:
     """Return the mean bits of the layers' weights, each matrix in the type its rows allow."""
-    hidden, heads, kv, ffn = (
-        model.hidden_size,
-        model.heads * model.head_size,
-        model.kv_heads * model.head_size,
-        model.ffn_size,
-    )
-    matrices = (  # row length, rows
-        (hidden, heads + 2 * kv),
-        (heads, hidden),
-        (hidden, (2 if model.gated_ffn else 1) * ffn),
-        (ffn, hidden),
-    )
-    weights = sum(row * rows for row, rows in matrices)
-    return sum(row * rows * BITS[stored_type(type, row)] for row, rows in matrices) / weights
+    return _weights.mean_over_rows(model, lambda row: BITS[stored_type(type, row)])
 
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:

@@ -42,7 +42,7 @@ EVIDENCE = (
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot be done to that model, or None."""
-    return _weights.why_not(model)
+    return _weights.why_not_again(model)
 
 
 def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> str | None:
@@ -53,9 +53,7 @@ def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> 
 def rewrite(demand: Demand, *, group_size: int) -> Demand:
     """Return the demand with 4-bit weights in the layers; a cast of the activations on either side of each matrix."""
     demand = loss_after(demand, "rtn", bits=4, group_size=group_size)
-    return _weights.packed(
-        demand, bits=_weights.int4_bits(group_size), weight_format="int4", kernels=_weights.CAST_KERNELS
-    )
+    return _weights.grouped(demand, 4, group_size)
 
 
 def execute(session: Session, *, group_size: int) -> None:

@@ -36,7 +36,7 @@ EVIDENCE = (
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
     """Return why this cannot be done to that model, or None."""
-    return _weights.why_not(model)
+    return _weights.why_not_again(model)
 
 
 def rewrite(demand: Demand) -> Demand:

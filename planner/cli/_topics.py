@@ -62,13 +62,28 @@ def spec() -> str:
         "A spec is YAML, TOML with the same keys, or the table [tool.leanplan] of pyproject.toml; `-` reads YAML from\n"
         "standard input. Relative paths are told from the spec's folder. `model: PATH` and one budget are enough.\n\n"
         + table(keys, widths=(27,))
-        + "\n\nBudgets are keyed by metric; * takes _p50 (the default), _p95 or _mean behind its name. A limit is a mapping\n"
+        + "\n\nBudgets are keyed by metric; * takes _p50 (the default), _p95, _p99 or _mean behind its name. A limit is a mapping\n"
         'with max or min, level (error: default, warn, "off") and source (measured: default; any: a modelled figure\n'
         "counts), or the value alone. cost takes `at`, an hourly price; quality metrics take `data`, held-out text.\n"
         "`0.8x baseline` is a limit told from the unchanged model's figure; quality_loss, agreement and kl_divergence\n"
         "are told from it anyway.\n\n"
         + table(limits, widths=(18, 28))
         + "\n\nA whole, commented spec is written by `leanplan init`; its JSON Schema by `leanplan schema`."
+    )
+
+
+def machine() -> str:
+    from planner import machine_file
+
+    return (
+        "A machine is `local`, a name of `leanplan ls machines`, several of them (`4x rtx-4090`), or a file: what\n"
+        "`leanplan probe --json` wrote, or a description in YAML or JSON:\n\n"
+        + machine_file.EXAMPLE
+        + "\nA figure is a text with its unit, or a plain number in the unit its key ends in. What is left out is unknown,\n"
+        "never guessed; `leanplan validate FILE` says what cannot be predicted without it.\n\n"
+        + table(machine_file.rows(), widths=(28,))
+        + "\n\nIts JSON Schema: leanplan schema machine. To change or add rows of the catalogue, and what engines reach of a\n"
+        "machine, lay a folder with devices.csv, efficiencies.csv or engine_overheads.csv over it: --knowledge FOLDER."
     )
 
 
@@ -108,6 +123,7 @@ TOPICS: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "units": units,
     "spec": spec,
+    "machine": machine,
     "environment": environment,
     "security": security,
 }

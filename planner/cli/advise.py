@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same, as a flag")
     parser.add_argument(
         "--hardware", "--on", default="local", metavar="HARDWARE",
-        help="local, a saved profile, or a name of: leanplan ls machines (default local)",
+        help="local, a machine file, a saved profile, or a name of: leanplan ls machines (default local)",
     )  # fmt: skip
     parser.add_argument(
         "--budget", action="append", default=[], metavar="'METRIC<=VALUE'",
@@ -43,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
     from planner.advising import advice
     from planner.advising.telling import as_text
     from planner.cli._talk import emit, say
-    from planner.data import bundled
     from planner.forecast import Forecast
 
     options.json = options.json or options.format == "json"
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             "hardware": options.hardware,
             "workload": {name: getattr(options, name) for name in ("prompt_tokens", "output_tokens", "concurrency")},
             "budgets": {"quality_loss": QUALITY, **budgets(options.budget)},
-            "calibration": {"data": str(bundled("calib"))},  # so that techniques that need such text are told of
+            "calibration": {"data": "bundled"},  # so that techniques that need such text are told of
         }
     )
     forecast = Forecast(

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="SOURCE", help="folder or hub id to build from (default: the one in the plan)"
     )
+    parser.add_argument(
+        "--draft", metavar="SOURCE", help="folder or hub id of the model that drafts (default: the one in the plan)"
+    )
     parser.add_argument("--calibration", metavar="FILE", help="calibration text (default: the one in the plan)")
 
 
@@ -52,6 +55,10 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput("exists and is not empty", where=str(out), hint="give a new folder with -o")
     if options.model:
         recipe = replace(recipe, model=options.model)
+    if options.draft:
+        if recipe.draft is None:
+            raise BadInput("no step of the plan uses a draft", hint="leave --draft out", where="--draft")
+        recipe = replace(recipe, draft=options.draft)
     if options.calibration:
         recipe = replace(recipe, calibration=options.calibration)
     progress = Progress(quiet=bool(options.quiet), live=False if options.no_progress else None)

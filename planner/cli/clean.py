@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from planner.cli._talk import emit, say
     from planner.finding import runs, runs_root
     from planner.locks import in_use
+    from planner.store import Store
 
     old = [e.path for e in runs(runs_root(options))][: -options.keep or None]
     targets: list[Path] = []
@@ -50,6 +51,9 @@ def run(options: argparse.Namespace) -> int:
             targets.append(Path(options.store or ".leanplan"))
         else:
             targets += [p if what == "runs" else p / "artefacts" for p in old]
+        if what == "artefacts":
+            store = Path(options.store or ".leanplan")
+            targets += [Store(store).unfinished, store / "serving"]
     targets = [p for p in dict.fromkeys(targets) if p.is_dir() and not p.is_symlink()]
     busy = [p for p in targets if in_use(p) or in_use(p.parent)]
     rows = [Target(path=str(p), bytes=_bytes(p)) for p in targets if p not in busy]

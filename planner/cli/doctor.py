@@ -1,4 +1,4 @@
-"""`leanplan doctor`: what Leanplan may use here, and for each trouble the command that mends it."""
+"""`leanplan doctor`: what Leanplan may use here, for each trouble the command that mends it, and installing engines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ State = Literal["ok", "warn", "fail"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also import every engine and ask the GPU (seconds)")
+    parser.add_argument(
+        "--install", metavar="ENGINE", help="install an engine's packages: beside ours, or in an environment of its own"
+    )
+    parser.add_argument("--remove", metavar="ENGINE", help="remove an engine's own environment")
 
 
 class Checked(TypedDict):
@@ -34,12 +38,39 @@ def run(options: argparse.Namespace) -> int:
     from planner.cli._talk import emit, say
     from planner.cli.ls import table
 
+    if changed := options.install or options.remove:
+        _change(options)
     rows = [row for check in CHECKS for row in check(options)]
+    if changed:
+        rows = [row for row in rows if row["check"] in (f"engine {changed}", f"environment {changed}")]
     emit(options, rows, table(rows))
     failed = sum(row["state"] == "fail" for row in rows)
     if failed:
         say(f"{failed} check{'s' if failed > 1 else ''} failed", quiet=options.quiet)
     return ExitCode.ENVIRONMENT if failed else ExitCode.DONE
+
+
+def _change(options: argparse.Namespace) -> None:
+    """Install or remove what was asked for, and tell.
+
+    Raises:
+        BadInput: no such engine, or --offline; EnvironmentProblem: it cannot be installed here.
+    """
+    from knowledge_base.errors import BadInput
+    from planner import environments
+    from planner.cli._talk import say
+
+    if options.install and options.remove:
+        raise BadInput("--install and --remove together", hint="give one of them", where="command line")
+    if options.remove:
+        say(environments.remove(options.remove), quiet=options.quiet)
+        return
+    if options.offline:
+        raise BadInput("--offline forbids what --install needs", hint="leave one of them out", where="--offline")
+    say(
+        environments.install(options.install, tell=lambda text: say(text, quiet=options.quiet or options.no_progress)),
+        quiet=options.quiet,
+    )
 
 
 def _row(check: str, state: State, found: str, fix: str = "") -> Checked:
@@ -82,40 +113,54 @@ def _packages(options: Any) -> Iterator[Checked]:
 
 def _engines(options: Any) -> Iterator[Checked]:
     from knowledge_base.registry import engines
+    from planner.probes import accelerators
 
     ready = 0
     rows = []
     for name, module in engines.all().items():
+        if module.ENGINE.devices == {"gpu"} and not accelerators.names():
+            rows.append(_row(f"engine {name}", "ok", "left out: it computes on CUDA devices only, and there is none"))
+            continue
         problem = module.find()
         if problem is None and options.all:
             problem = _import_problem(module.ENGINE.preload)
         ready += problem is None
         what, _, command = (problem or "").partition("; ")
         found = what or ", ".join(f"{k} {v}" for k, v in module.versions().items())
-        rows.append(
-            _row(
-                f"engine {name}",
-                "warn" if problem else "ok",
-                found,
-                command or ("pip install the engine again" if problem else ""),
-            )
-        )
+        fix = command or ("pip install the engine again" if problem else "")
+        rows.append(_row(f"engine {name}", "warn" if problem else "ok", found, fix))
     if not ready:
         for row in rows:
-            row["state"] = "fail"
+            row["state"], row["fix"] = "fail", row["fix"] or "pip install leanplan again"
     yield from rows
 
 
+def _environments(options: Any) -> Iterator[Checked]:
+    """Tell of engines that live in environments of their own."""
+    from knowledge_base import units
+    from planner import environments
+
+    for place in environments.places():
+        size = f", {units.format(place.bytes, 'bytes')}" if place.bytes else ""
+        versions = "".join(f", {name} {version}" for name, version in place.versions.items())
+        made = place.state in ("made", "not made")  # an engine's own row tells what it lacks
+        yield _row(
+            f"environment {place.name}", "ok" if made else "warn", f"{place.state}{size}{versions}: {place.folder}",
+            "" if made else f"leanplan doctor --install {place.name}, or --remove {place.name}",
+        )  # fmt: skip
+
+
 def _import_problem(modules: tuple[str, ...]) -> str | None:
-    """Return why an engine's modules cannot be imported, tried in a process of its own; None if they can."""
+    """Return why an engine's modules cannot be imported where it lives, tried in a process of its own; None if they can."""
     import os
     import subprocess
-    import sys
+
+    from planner import environments
 
     code = "".join(f"import {name}\n" for name in modules)
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [str(environments.interpreter(modules)), "-c", code],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -241,4 +286,4 @@ def _noise(options: Any) -> Iterator[Checked]:
         yield _row("noise", "ok", f"load {facts['load_1m']:.1f}, other programs use {facts['busy_ratio']:.0%}")
 
 
-CHECKS = (_python, _packages, _engines, _techniques, _gpu, _energy, _memory, _disk, _noise)
+CHECKS = (_python, _packages, _engines, _environments, _techniques, _gpu, _energy, _memory, _disk, _noise)

@@ -6,10 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.errors import BadInput, ExitCode
+from planner.cli import _finetune
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from knowledge_base.types import Model, Step, Workload
     from planner.estimating.asking import Asked
 
 HELP = "predicted figures of one plan on one machine, with intervals and reasons; nothing is run"
@@ -18,11 +20,24 @@ HELP = "predicted figures of one plan on one machine, with intervals and reasons
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a config.json, or a hub id; weights are not needed")
     parser.add_argument(
-        "--on", default="local", metavar="HARDWARE", help="local, a saved profile, or a name of: leanplan ls machines"
+        "--draft", metavar="SOURCE", help="a smaller model that drafts, as `model`, for --step draft_model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on",
+        default="local",
+        metavar="HARDWARE",
+        help="local, a machine file, a saved profile, or a name of: leanplan ls machines",
     )
     parser.add_argument(
-        "--engine", default="transformers", help="a name of: leanplan ls engines (default transformers)"
+        "--engine", default="transformers",
+        help="a name of: leanplan ls engines (default transformers), or one known by its law: vllm, sglang, tensorrt_llm, mlx, exllama, ...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", metavar="KIND", help="how an engine known by its law stores weights: bf16, fp8, int8, int4 or fp4"
     )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="equal devices, as `--on '4x h100-sxm'`: engines known by laws split the model, others copy it",
+    )  # fmt: skip
     parser.add_argument(
         "--step", action="append", default=[], metavar="TECHNIQUE[:KNOB=VALUE,...]",
         help="a technique of the plan, e.g. weight_gguf:type=q4_k; may be repeated; knobs not given take their default",
@@ -30,20 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of a prompt (default 128)")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="length of an answer (default 64)")
     parser.add_argument(
-        "--concurrency",
-        type=int,
-        default=1,
-        metavar="N",
-        help="requests at a time (default 1); batch_size serves several together",
+        "--concurrency", type=int, metavar="N",
+        help="clients at a time, each waiting for its last answer (default 1); batch_size serves several together",
+    )  # fmt: skip
+    parser.add_argument(
+        "--requests-per-s", type=float, metavar="RATE", help="requests that arrive by chance, instead of clients"
     )
     parser.add_argument(
         "--compare", metavar="PLAN",
-        help="beside another plan: its steps joined by +, `unchanged`, or `ENGINE: STEPS`",
+        help="beside another plan: its steps joined by +, `unchanged`, `ENGINE: STEPS`, or `vllm: fp8`",
     )  # fmt: skip
     parser.add_argument("--compare-on", metavar="HARDWARE", help="beside the same plan, or that of --compare, there")
     parser.add_argument(
         "--sweep", metavar="KEY=A..B",
-        help="batch, concurrency, context or output from A to B, doubling, or KEY=A,B,C: a table and a plot",
+        help="batch, concurrency, requests_per_s, devices, context or output from A to B, doubling, or KEY=A,B,C: a table and a plot",
     )  # fmt: skip
     parser.add_argument(
         "--roofline", action="store_true", help="the machine's roofline with the plan's operators on it"
@@ -51,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("text", "svg"), default="text", help="of --sweep and --roofline: text (default) or an SVG"
     )
+    _finetune.add_arguments(parser)
 
 
 def output() -> Any:
@@ -59,16 +75,30 @@ def output() -> Any:
     from planner.estimating.sweeping import Sweep
     from planner.estimating.telling import Estimated
 
-    return Estimated | SideBySide | Sweep | Roofline
+    return Estimated | SideBySide | Sweep | Roofline | _finetune.output()
 
 
 def run(options: argparse.Namespace) -> int:
     from planner.cli._talk import emit
 
+    if options.finetune is not None:
+        return _trained(options)
+    _finetune.refuse_without(options)
     kind = _kind(options)
     asked = _asked(options)
     data, text = SHOWN[kind](options, asked)
     emit(options, data, text)
+    return ExitCode.DONE
+
+
+def _trained(options: argparse.Namespace) -> int:
+    from planner.cli._talk import emit
+    from planner.estimating.asking import with_devices
+
+    facts, text = _finetune.told(
+        options, _model(options), lambda name: with_devices(_machine(options, name), options.devices)
+    )
+    emit(options, facts, _told(text))
     return ExitCode.DONE
 
 
@@ -91,31 +121,59 @@ def _kind(options: argparse.Namespace) -> str:
 
 
 def _asked(options: argparse.Namespace) -> Asked:
-    from knowledge_base.registry import engines
-    from knowledge_base.types import Workload
-    from planner.cli._talk import say
-    from planner.estimating.asking import Asked, positive, read_step
-    from planner.reading import read_model
+    from planner.estimating.asking import Asked, find_engine, read_step, with_devices
 
-    lengths = {name: getattr(options, name) for name in ("prompt_tokens", "output_tokens", "concurrency")}
-    positive(lengths)
-    engines.get(options.engine)
+    find_engine(options.engine)
     steps = tuple(read_step(text) for text in options.step)
-    read = read_model(
-        options.model, offline=options.offline, trust_remote_code=options.trust_remote_code,
-        allow_pickle=options.allow_pickle, weights="optional",
-    )  # fmt: skip
-    for note in read.notes:
-        say(note, quiet=options.quiet)
+    workload = _workload(options, steps)
     asked = Asked(
-        model=read.model,
+        model=_model(options),
         engine=options.engine,
         steps=steps,
-        workload=Workload(**lengths),
-        hardware=_machine(options, options.on),
+        workload=workload,
+        hardware=with_devices(_machine(options, options.on), options.devices),
+        weights=options.weights,
     )
     asked.check()
     return asked
+
+
+def _model(options: argparse.Namespace) -> Model:
+    from planner.cli._talk import say
+    from planner.reading import read_model
+
+    read = read_model(
+        options.model, offline=options.offline, trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle, weights="optional", draft=options.draft,
+    )  # fmt: skip
+    for note in read.notes:
+        say(note, quiet=options.quiet)
+    return read.model
+
+
+def _workload(options: argparse.Namespace, steps: tuple[Step, ...]) -> Workload:
+    """Return the workload the flags describe.
+
+    Raises:
+        BadInput: counts below 1, or two loads at once; what else nobody has, `Asked.check` refuses.
+    """
+    from knowledge_base.types import Workload
+    from planner.estimating.asking import positive
+
+    rate, clients = options.requests_per_s, options.concurrency
+    counts = {name: getattr(options, name) for name in ("prompt_tokens", "output_tokens", "concurrency", "devices")}
+    positive({name: count for name, count in counts.items() if count is not None})
+    if rate is not None and clients is not None:
+        raise BadInput(
+            "clients at a time and requests that arrive are two loads", hint="give one of --concurrency and --requests-per-s",
+            where="--requests-per-s",
+        )  # fmt: skip
+    arriving = rate is not None or (options.sweep or "").strip().startswith("requests_per_s")
+    batch = max((step.knobs["count"] for step in steps if step.technique == "batch_size"), default=1)
+    return Workload(
+        prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens, requests_per_s=rate,
+        concurrency=clients or (batch if arriving else 1),  # arrivals can fill any batch
+    )  # fmt: skip
 
 
 def _machine(options: argparse.Namespace, name: str) -> Any:
@@ -150,12 +208,12 @@ def _compare(options: argparse.Namespace, asked: Asked) -> tuple[Any, str]:
     from dataclasses import replace
 
     from planner.estimating import comparing
-    from planner.estimating.asking import read_other
+    from planner.estimating.asking import read_other, with_devices
     from planner.estimating.pricing import price
 
     other = asked if options.compare is None else read_other(options.compare, asked)
     if options.compare_on is not None:
-        other = replace(other, hardware=_machine(options, options.compare_on))
+        other = replace(other, hardware=with_devices(_machine(options, options.compare_on), None))
     other.check(steps_from="--compare")
     a, b = price(asked), price(other)
     facts = comparing.compared(a, b)

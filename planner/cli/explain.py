@@ -1,13 +1,15 @@
-"""`leanplan explain`: why a plan is where it is, why something else is not, or all that is known of a technique."""
+"""`leanplan explain`: why a plan is where it is, why something else is not, or what is known and measured of a technique."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 HELP = (
-    "why a plan was chosen or not: what each step bought and cost, which budget bound; or what is known of a technique"
+    "why a plan was chosen or not: what each step bought and cost, which budget bound; or what is known of a technique, "
+    "and what it changed on this machine"
 )
 
 
@@ -31,9 +33,12 @@ class WhyNot(TypedDict):
 
 def output() -> Any:
     from knowledge_base.field.card import Card
+    from planner.measured_effects import MeasuredEffect
     from planner.results import PlanResult, Verdict
+    from planner.schemas import Beside
 
-    return PlanResult | WhyNot | list[Verdict] | Card
+    explained = Annotated[Card, Beside("Explained", measured=list[MeasuredEffect])]
+    return PlanResult | WhyNot | list[Verdict] | explained
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,11 +49,7 @@ def run(options: argparse.Namespace) -> int:
     root = runs_root(options)
     options.json = options.json or options.format == "json"
     if _is_technique(options.plan):
-        from knowledge_base.field.card import card
-        from planner.reports.knowledge import card as shown
-
-        found = card(options.plan)
-        emit(options, found, shown.as_text(found))
+        _explain_technique(options)
         return 0
     if options.budget:
         answer = find_run(options.run, root)
@@ -78,6 +79,26 @@ def run(options: argparse.Namespace) -> int:
         lines.append(f"failed in {failure.stage}: {failure.kind}: {failure.message}")
     emit(options, result, "\n".join(lines))
     return 0
+
+
+def _explain_technique(options: argparse.Namespace) -> None:
+    """Print what is published of a method, and what it changed where it was measured on this machine."""
+    from knowledge_base.field.card import card
+    from knowledge_base.serde import plain
+    from planner.cli._talk import emit
+    from planner.machine import this_fingerprint
+    from planner.measured_effects import effects_of
+    from planner.reports.knowledge import card as published
+    from planner.reports.knowledge import measured
+    from planner.store import Store
+
+    found = card(options.plan)
+    effects: tuple[Any, ...] = ()
+    if found.techniques:
+        records = Store(Path(options.store or ".leanplan")).records(this_fingerprint())
+        effects = effects_of(found.techniques, records)
+    text = published.as_text(found, measured.as_lines(effects, found.techniques))
+    emit(options, {**plain(found), "measured": effects}, text)
 
 
 def _is_technique(text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from knowledge_base.errors import BadInput
 
-HELP = "explain a topic: exit-codes, units, spec, environment, security"
+HELP = "explain a topic: exit-codes, units, spec, machine, environment, security"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`leanplan ls runs|plans|techniques|engines|machines|metrics|solvers|topics|benchmarks|challenges`."""
+"""`leanplan ls runs|plans|techniques|engines|machines|regions|metrics|solvers|topics|benchmarks|challenges`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Union, get_type_hints
 if TYPE_CHECKING:
     from knowledge_base.field.entries import Method
 
-HELP = "list runs, plans, techniques, engines, machines, metrics, solvers, topics, benchmarks or challenges"
+HELP = "list runs, plans, techniques, engines, machines, regions, metrics, solvers, topics, benchmarks or challenges"
 FILTERS = ("saves", "stage", "needs", "status", "topic")  # of techniques
 
 
@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--status", help="executable, priced or known")
     group.add_argument("--topic", metavar="ID", help="at or below this topic of the taxonomy")
+    parser.add_argument(
+        "--kind", metavar="WORD", help="of machines: cpu, gpu, or how they are programmed: cuda, rocm, metal, xpu"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="json is the same as --json")
 
 
@@ -43,10 +46,24 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput(
             f"{', '.join(given)} chooses among techniques", hint="leanplan ls techniques …", where="command line"
         )
+    if options.kind is not None:
+        _check_kind(options)
     options.json = options.json or options.format == "json"
     rows = LISTS[options.what](options)
-    emit(options, rows, table(rows))
+    emit(options, rows, blocks(rows) if options.what == "engines" else table(rows))
     return 0
+
+
+def _check_kind(options: argparse.Namespace) -> None:
+    from cost_models.efficiency import read_rows
+    from knowledge_base.errors import BadInput
+    from knowledge_base.units import quote
+
+    if options.what != "machines":
+        raise BadInput("--kind chooses among machines", hint="leanplan ls machines --kind cpu", where="command line")
+    kinds = sorted({row[column] for row in read_rows("devices.csv") for column in ("kind", "family")})
+    if options.kind not in kinds:
+        raise BadInput(f"no machines of kind {quote(options.kind)}", hint=f"one of: {', '.join(kinds)}", where="--kind")
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -58,6 +75,33 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     lines = [names, *cells]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def blocks(rows: Sequence[Mapping[str, object]], columns: int | None = None) -> str:
+    """Return each engine as a few lines that fit the terminal: a table of all they offer would fit none.
+
+    Args:
+        columns: None: those of the terminal, 100 where there is none.
+    """
+    import shutil
+    import textwrap
+
+    columns = max(40, columns or shutil.get_terminal_size((100, 24)).columns)
+    longest = max((len(str(row["engine"])) for row in rows), default=0)
+
+    def wrapped(text: str, first: str, later: str) -> str:
+        # Tags and package names are copied from here: they are not broken at their dashes.
+        return textwrap.fill(text, columns, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
+
+    lines = []
+    for row in rows:
+        name = str(row["engine"]).ljust(longest)
+        lines += [
+            wrapped(str(row["state"]), f"{name}  ", " " * (longest + 2)),
+            wrapped(str(row["summary"]), "    ", "    "),
+            wrapped(str(row["offers"]), "    offers ", "           "),
+        ]
+    return "\n".join(lines) or "none"
 
 
 class Run(TypedDict):
@@ -173,34 +217,88 @@ class KnownMachine(TypedDict):
     kind: str
     memory: str  # with its unit
     bandwidth: str  # with its unit
+    rates: str  # of dense matrix products in Tera operations/s, the widest type first
+    power: str  # idle if known, and busy
+    price: str
+    date: str  # when the figures were looked up
     source: str
+    price_source: str
 
 
 def _machines(options: Any) -> list[KnownMachine]:
     from cost_models.efficiency import read_rows
 
-    rows = [KnownMachine(machine="local", kind="", memory="", bandwidth="", source="leanplan probe")]
-    for row in read_rows("devices.csv"):
-        memory = (
-            f"{int(row['memory_bytes']) / 2**30:.0f} GiB"
-            if row["memory_bytes"]
-            else f"{row['memory_choices'] or 'unknown'} GB"
+    here = KnownMachine(
+        machine="local",
+        kind="",
+        memory="",
+        bandwidth="",
+        rates="",
+        power="",
+        price="",
+        date="",
+        source="leanplan probe",
+        price_source="",
+    )
+    known = [_machine(row) for row in read_rows("devices.csv") if options.kind in (None, row["kind"], row["family"])]
+    return [here, *known] if options.kind is None else known
+
+
+def _machine(row: Mapping[str, str]) -> KnownMachine:
+    from cost_models.catalogue import rates
+
+    watts = [_shown(row, column, "power") for column in ("idle_w", "tdp_w") if row[column]]
+    return KnownMachine(
+        machine=row["name"],
+        kind=row["family"],
+        memory=_shown(row, "memory_bytes", "bytes") or f"{row['memory_choices'] or 'any'} GB: say which",
+        bandwidth=_shown(row, "memory_bytes_per_s", "bandwidth") or "unknown: not predictable",
+        rates=", ".join(f"{dtype} {_three_digits(rate / 1e12)}" for dtype, rate in rates(row).items()),
+        power=" to ".join(watts),
+        price=_shown(row, "price_usd_per_h", "price_per_hour"),
+        date=row["as_of"],
+        source=row["source"].split(" ")[0],
+        price_source=row["price_source"],
+    )
+
+
+def _shown(row: Mapping[str, str], column: str, dimension: str) -> str:
+    from knowledge_base import units
+
+    return units.format(float(row[column]), dimension) if row[column] else ""
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+class KnownRegion(TypedDict):
+    """A region with what its electricity costs or emits."""
+
+    region: str
+    electricity: str  # price for businesses
+    carbon: str
+    source: str  # with the year or quarter
+
+
+def _regions(options: Any) -> list[KnownRegion]:
+    from cost_models.catalogue import electricity_price, grid_carbon
+    from cost_models.efficiency import read_rows
+    from knowledge_base import units
+
+    found: dict[str, KnownRegion] = {}
+    for row in (*read_rows("electricity_prices.csv"), *read_rows("grid_carbon.csv")):
+        region = found.setdefault(
+            row["region"], KnownRegion(region=row["region"], electricity="", carbon="", source="")
         )
-        bandwidth = (
-            f"{float(row['memory_bytes_per_s']) / 1e9:.0f} GB/s"
-            if row["memory_bytes_per_s"]
-            else "unknown: not predictable"
-        )
-        rows.append(
-            KnownMachine(
-                machine=row["name"],
-                kind=row["kind"],
-                memory=memory,
-                bandwidth=bandwidth,
-                source=row["source"].split(" ")[0],
-            )
-        )
-    return rows
+        if "usd_per_kwh" in row:
+            price, source = electricity_price(row["region"])
+            region["electricity"] = units.format(price, "price_per_kwh")
+        else:
+            carbon, source = grid_carbon(row["region"])
+            region["carbon"] = units.format(carbon, "carbon_per_kwh")
+        region["source"] = "; ".join(filter(None, (region["source"], source)))
+    return list(found.values())
 
 
 class KnownMetric(TypedDict):
@@ -300,6 +398,6 @@ def _challenges(options: Any) -> list[OpenChallenge]:
 
 
 LISTS: dict[str, Callable[[Any], Sequence[Mapping[str, object]]]] = {
-    "runs": _runs, "plans": _plans, "techniques": _techniques, "engines": _engines, "machines": _machines,
+    "runs": _runs, "plans": _plans, "techniques": _techniques, "engines": _engines, "machines": _machines, "regions": _regions,
     "metrics": _metrics, "solvers": _solvers, "topics": _topics, "benchmarks": _benchmarks, "challenges": _challenges,
 }  # fmt: skip

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.results import ParetoSet
     from planner.spec import Spec
 
 HELP = "search for plans that fit the spec's budgets, measure the promising ones here, print the Pareto set"
@@ -15,7 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "spec", nargs="?", default="leanplan.yaml", help="spec file, or - for stdin (default leanplan.yaml)"
     )
+    parser.add_argument(
+        "--draft", metavar="SOURCE", help="folder or hub id of a smaller model that drafts (default: the spec's)"
+    )
     parser.add_argument("--predict", action="store_true", help="price plans only; nothing is run")
+    parser.add_argument(
+        "--forecast",
+        action="store_true",
+        help="say what the run will take, and end; nothing is run (exit 4: it cannot be done here)",
+    )
     parser.add_argument(
         "--time-limit",
         metavar="TIME",
@@ -38,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def output() -> Any:
     from planner import schemas
+    from planner.run_forecast import RunForecast
 
-    return schemas.result()
+    return schemas.result() | RunForecast
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,17 +60,17 @@ def run(options: argparse.Namespace) -> int:
 
 def run_spec(spec: Spec, options: argparse.Namespace) -> int:
     """Plan a spec as the options say, print the answer, and return the exit code."""
-    import sys
     from dataclasses import replace
     from pathlib import Path
 
     from knowledge_base import units
-    from knowledge_base.errors import BadInput, ExitCode
+    from knowledge_base.errors import BadInput
     from planner.cli._talk import emit
     from planner.finding import runs_root
     from planner.loop import Settings, run
     from planner.progress import progress_of
     from planner.results import as_mapping
+    from planner.spec import ModelRef
 
     search = spec.search
     if options.time_limit:
@@ -74,6 +84,11 @@ def run_spec(spec: Spec, options: argparse.Namespace) -> int:
     if options.seed is not None:
         search = replace(search, seed=options.seed)
     spec = replace(spec, search=search)
+    if options.draft:
+        here = Path(options.draft)  # told from the current folder, unlike what the spec says
+        spec = replace(spec, draft=ModelRef(source=str(here.resolve()) if here.is_dir() else options.draft))
+    if options.forecast:
+        return _forecast(spec, options)
     settings = Settings(
         run_root=runs_root(options),
         store_root=Path(options.store or ".leanplan"),
@@ -95,14 +110,20 @@ def run_spec(spec: Spec, options: argparse.Namespace) -> int:
 
         write_lock(lock_path(spec), lock_of(answer))
         progress.line(f"wrote {lock_path(spec)}")
-    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty() and not _no_colour())
-    emit(options, as_mapping(answer), _rendered(answer, options.format, colour))
+    emit(options, as_mapping(answer), rendered(answer, options))
     if answer.folder:
         progress.line(f"run folder: {answer.folder}, with report.html")
         if answer.recommended and (options.json or options.format in ("json", "markdown")):  # the table says it itself
             progress.line(
                 f"next: leanplan explain {answer.recommended.plan.id}; leanplan build {answer.recommended.plan.id} -o DIR"
             )
+    return exit_code(answer)
+
+
+def exit_code(answer: ParetoSet) -> int:
+    """Return what an answer ends with: done, inconclusive, or a budget that is not met."""
+    from knowledge_base.errors import ExitCode
+
     if answer.recommended:
         return ExitCode.DONE
     undecided = any(
@@ -112,15 +133,34 @@ def run_spec(spec: Spec, options: argparse.Namespace) -> int:
     return ExitCode.INCONCLUSIVE if undecided and answer.measured else ExitCode.BUDGET_NOT_MET
 
 
-def _rendered(answer, form: str | None, colour: bool) -> str:  # type: ignore[no-untyped-def]
+def _forecast(spec: Spec, options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from knowledge_base.errors import ExitCode
+    from planner.cli._talk import emit
+    from planner.finding import runs_root
+    from planner.forecast import Forecast
+    from planner.run_forecast import as_text
+
+    forecasts = Forecast(
+        Path(options.store or ".leanplan"), options.offline, options.trust_remote_code, options.allow_pickle
+    )
+    found = forecasts.run(spec, runs_root(options), fresh=options.fresh)
+    emit(options, found, as_text(found, stages=True))
+    return ExitCode.ENVIRONMENT if found.obstacles else ExitCode.DONE
+
+
+def rendered(answer: ParetoSet, options: argparse.Namespace) -> str:
+    """Return an answer in the form the options ask for."""
+    import os
+    import sys
+
     from planner.reports import json, markdown, terminal
 
-    if form == "json":
+    if options.format == "json":
         return json.render(answer)
-    return markdown.render(answer) if form == "markdown" else terminal.render(answer, color=colour)
-
-
-def _no_colour() -> bool:
-    import os
-
-    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    if options.format == "markdown":
+        return markdown.render(answer)
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty() and not plain)
+    return terminal.render(answer, color=colour)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Annotated, Any
 
 HELP = "measure this machine: bandwidth, matrix rates, limits, noise"
@@ -20,24 +21,21 @@ def output() -> Any:
 
 
 def run(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from knowledge_base.serde import plain
     from planner.cli._talk import emit, say
     from planner.cli.ls import table
     from planner.machine import SCHEMA, profile
 
     quiet = bool(options.quiet or options.no_progress)
-    found = profile(
-        Path(options.store or ".leanplan"), refresh=options.refresh, tell=lambda text: say(text, quiet=quiet)
-    )
-    emit(options, {"schema": SCHEMA, **plain(found)}, table(rows(found)))
+    store = Path(options.store or ".leanplan")
+    found = profile(store, refresh=options.refresh, tell=lambda text: say(text, quiet=quiet))
+    emit(options, {"schema": SCHEMA, **plain(found)}, table(rows(found, store)))
     for problem in found.problems:
         say(f"note: {problem}", quiet=options.quiet)
     return 0
 
 
-def rows(profile: Any) -> list[dict[str, Any]]:
+def rows(profile: Any, store: Path) -> list[dict[str, Any]]:
     """Return a profile as rows of what, figure with unit, and where it comes from."""
     from knowledge_base import units
 
@@ -77,6 +75,7 @@ def rows(profile: Any) -> list[dict[str, Any]]:
                 for dtype, rate in device.flop_per_s.items()
             ]
     lines += [
+        ("calibration", *_calibration(store, hardware)),
         (
             "accelerators",
             ", ".join(d.name for d in hardware.devices if d.kind == "gpu") or "none",
@@ -92,3 +91,17 @@ def rows(profile: Any) -> list[dict[str, Any]]:
         ("fingerprint", hardware.fingerprint, "processor, cores, memory, GPUs"),
     ]
     return [{"what": what, "figure": figure, "source": source} for what, figure, source in lines]
+
+
+def _calibration(store: Path, hardware: Any) -> tuple[str, str]:
+    """Return what is known of the engines here and since when; how to find out where nothing is."""
+    from planner.calibrating import keeping
+
+    kept = keeping.laws_of(hardware, store)
+    if kept is None:
+        return "none: predictions use published shares", "leanplan calibrate measures in a minute"
+    engines = len({r.engine for r in hardware.device.reached})
+    return (
+        f"{len(hardware.device.reached)} formats of {engines} engines, by {kept.measurements} measurements of {kept.models} models",
+        f"the last of them {keeping.age_words(kept)}",
+    )

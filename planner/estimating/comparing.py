@@ -21,6 +21,8 @@ class Side(TypedDict):
     words: str  # the plan in words
     hardware: str
     fits: bool  # predicted peak memory is within the machine's limit
+    coverage: float  # of the intervals
+    notes: list[str]  # what must be known to read the figures
 
 
 class PredictedDifference(TypedDict):
@@ -30,7 +32,9 @@ class PredictedDifference(TypedDict):
     a: Value
     b: Value
     ratio: float | None  # b / a; null where a or b is not above 0
-    ratio_low: float | None  # 80 % interval, the two errors taken as independent: what both share makes it narrower
+    ratio_low: (
+        float | None
+    )  # from the intervals of both, the two errors taken as independent: what both share makes it narrower
     ratio_high: float | None  # the other end of it
     verdict: Verdict  # cannot be told apart: the interval of the ratio holds 1
 
@@ -57,13 +61,14 @@ def compared(a: Priced, b: Priced) -> SideBySide:
             for name in METRICS
             if name in a.holding and name in b.holding
         ],
-        not_predicted={name: p.message for side in (b, a) for name, p in side.figures.prevented.items()},
+        not_predicted={name: p.message for side in (b, a) for name, p in side.prevented.items()},
     )  # fmt: skip
 
 
 def _side(priced: Priced) -> Side:
     return Side(
-        plan=priced.plan, words=priced.plan.words, hardware=priced.asked.hardware.name, fits=priced.fits
+        plan=priced.plan, words=priced.plan.words, hardware=priced.asked.hardware.name, fits=priced.fits,
+        coverage=priced.coverage, notes=list(priced.notes),
     )  # fmt: skip
 
 
@@ -87,9 +92,10 @@ def as_text(facts: SideBySide, a: Priced, b: Priced) -> str:
 
     workload = facts["workload"]
     lines = [
-        f"predicted for {facts['model']}; {workload.prompt_tokens} prompt + {workload.output_tokens} output tokens",
+        f"predicted for {facts['model']}; {load_words(workload)}",
         *(f"{name}: {side['words']} on {side['hardware']}" for name, side in (("a", facts["a"]), ("b", facts["b"]))),
-        "intervals hold 80 %; the ratio's takes the errors of a and b as independent: what they share makes it narrower",
+        f"{_coverage(facts)}; the ratio's takes the errors of a and b as independent: what they share makes it narrower",
+        *(f"{name}: {note}" for name, side in (("a", facts["a"]), ("b", facts["b"])) for note in side["notes"]),
         "",
         table([_words(row) for row in facts["rows"]]),
     ]
@@ -98,6 +104,19 @@ def as_text(facts: SideBySide, a: Priced, b: Priced) -> str:
     for name, priced in (("a", a), ("b", b)):
         lines += [] if priced.fits else ["", f"{name} {does_not_fit(priced)}; times, energy and money are not compared"]
     return "\n".join(lines)
+
+
+def _coverage(facts: SideBySide) -> str:
+    shares = dict.fromkeys(f"{side['coverage']:.0%}".replace("%", " %") for side in (facts["a"], facts["b"]))
+    return f"intervals hold {' (a) and '.join(shares)}{' (b)' if len(shares) > 1 else ''}"
+
+
+def load_words(workload: Workload) -> str:
+    """Return the lengths of a request, and how many come: `128 prompt + 64 output tokens; 8 clients at a time`."""
+    lengths = f"{workload.prompt_tokens} prompt + {workload.output_tokens} output tokens"
+    if workload.requests_per_s is not None:
+        return f"{lengths}; {units.format(workload.requests_per_s, 'requests')} arrive by chance"
+    return lengths if workload.concurrency == 1 else f"{lengths}; {workload.concurrency} clients at a time"
 
 
 def _words(row: PredictedDifference) -> dict[str, str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import Literal, TypedDict
 
+from knowledge_base.errors import BadInput
 from knowledge_base.types import Plan, Workload
 from planner.estimating.drawing import Curve, Picture, Point, Ticks, lines, svg
-from planner.estimating.pricing import Priced
+from planner.estimating.pricing import ByOperators, Priced
 from planner.estimating.waterfall import Bound, TimePart, waterfall
 
 
@@ -46,13 +47,22 @@ class Roofline(TypedDict):
 
 
 def roofline(priced: Priced) -> Roofline:
-    """Return the roofs and the points of a priced plan."""
+    """Return the roofs and the points of a priced plan.
+
+    Raises:
+        BadInput: the engine is known by its law, which does not tell operators apart.
+    """
+    if not isinstance(priced, ByOperators):
+        raise BadInput(
+            f"the law of {priced.asked.engine} does not tell operators apart, so there is no roofline of them",
+            hint="draw one of an engine of: leanplan ls engines", where="--roofline",
+        )  # fmt: skip
     asked, rates, fall = priced.asked, priced.case.rates, waterfall(priced)
     memory, peak = float(rates.bytes_per_s[0]), float(rates.peak_flop_per_s[0])
     found: list[Operator] = []
     off = {}
     for phase, parts in (("prefill", fall["prefill"]), ("decode", fall["decode"])):
-        on = [p for p in parts if p["flop"] > 0 and p["read_bytes"] > 0]
+        on = [p for p in parts if p["flop"] and (p["read_bytes"] or 0.0) >= 1]
         found += [_operator(phase, part, memory, peak) for part in on]  # type: ignore[arg-type]
         off[phase] = {p["name"]: p["share"] for p in parts if p not in on}
     return Roofline(
@@ -64,9 +74,10 @@ def roofline(priced: Priced) -> Roofline:
 
 
 def _operator(phase: Literal["prefill", "decode"], part: TimePart, memory: float, peak: float) -> Operator:
-    intensity = part["flop"] / part["read_bytes"]
+    flop, read_bytes = part["flop"] or 0.0, part["read_bytes"] or 0.0
+    intensity = flop / read_bytes
     return Operator(
-        phase=phase, name=part["name"], flop_per_byte=intensity, flop_per_s=part["flop"] / part["time_s"],
+        phase=phase, name=part["name"], flop_per_byte=intensity, flop_per_s=flop / part["time_s"],
         roof_flop_per_s=min(peak, intensity * memory), share=part["share"], bound=part["bound"],
     )  # fmt: skip
 

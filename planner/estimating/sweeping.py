@@ -1,39 +1,46 @@
-"""One plan priced at many batches, concurrencies, contexts or lengths of answer: a table, a plot, and where it stops fitting."""
+"""One plan priced at many batches, loads, devices, contexts or lengths of answer: a table, a plot, and where it stops fitting."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 from knowledge_base import units
 from knowledge_base.errors import BadInput
 from knowledge_base.metrics import METRICS
 from knowledge_base.types import Plan, Step, Value, Workload
-from planner.estimating.asking import Asked
+from planner.estimating.asking import Asked, with_devices
+from planner.estimating.comparing import load_words
 from planner.estimating.drawing import Curve, Picture, lines, svg
 from planner.estimating.pricing import PEAK, Priced, price
 
-Key = Literal["batch", "concurrency", "context", "output"]
+Key = Literal["batch", "concurrency", "requests_per_s", "devices", "context", "output"]
+Number = int | float
 MOST = 64  # points of a sweep
 MOST_TICKS = 12  # of them that are written along a plot
 LARGEST = 10**9
-COLUMNS = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "kv_cache_bytes", PEAK)
+COLUMNS = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "requests_per_s", "kv_cache_bytes", PEAK)
+LOADS = ("concurrency", "requests_per_s")  # keys under which requests wait, each differently long
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
     """What a key means: what it does to what is asked, which metric is worth a plot, and its words."""
 
-    at: Callable[[Asked, int], Asked]
+    at: Callable[[Asked, Any], Asked]
     plotted: str
     words: str
 
 
 def _batch(asked: Asked, count: int) -> Asked:
+    if asked.by_law:
+        raise BadInput(
+            f"{asked.engine} forms its own batches", hint="sweep the clients: --sweep concurrency=1..64", where="--sweep batch"
+        )  # fmt: skip
     if any(step.technique == "batch_size" for step in asked.steps):
         raise BadInput(
             "the plan has a batch already", hint="leave `--step batch_size` out, the sweep sets it", where="--sweep batch"
@@ -44,7 +51,27 @@ def _batch(asked: Asked, count: int) -> Asked:
 
 
 def _concurrency(asked: Asked, count: int) -> Asked:
+    if asked.workload.requests_per_s is not None:
+        raise BadInput(
+            "clients at a time and requests that arrive are two loads", hint="leave --requests-per-s out", where="--sweep concurrency"
+        )  # fmt: skip
     return replace(asked, workload=replace(asked.workload, concurrency=count))
+
+
+def _requests_per_s(asked: Asked, rate: float) -> Asked:
+    return replace(asked, workload=replace(asked.workload, requests_per_s=float(rate)))
+
+
+def _devices(asked: Asked, count: int) -> Asked:
+    hardware, device = asked.hardware, asked.hardware.device
+    there = sum(d == device for d in hardware.devices)
+    if there > 1 and not hardware.measured:  # `4x rtx-4090` is where a sweep may begin, or end
+        price = hardware.price_usd_per_h
+        hardware = replace(
+            hardware, name=device.name, devices=(device,), host_memory_bytes=hardware.host_memory_bytes // there,
+            price_usd_per_h=price and price / there,
+        )  # fmt: skip
+    return replace(asked, hardware=with_devices(hardware, count))
 
 
 def _context(asked: Asked, tokens: int) -> Asked:
@@ -63,7 +90,9 @@ def _output(asked: Asked, tokens: int) -> Asked:
 
 KEYS: dict[Key, Swept] = {
     "batch": Swept(_batch, "throughput_tokens_per_s", "requests decoded together"),
-    "concurrency": Swept(_concurrency, "throughput_tokens_per_s", "requests at a time"),
+    "concurrency": Swept(_concurrency, "throughput_tokens_per_s", "clients at a time"),
+    "requests_per_s": Swept(_requests_per_s, "latency_s", "requests that arrive each second"),
+    "devices": Swept(_devices, "throughput_tokens_per_s", "equal devices"),
     "context": Swept(_context, "tpot_s", "tokens of prompt and answer"),
     "output": Swept(_output, "latency_s", "tokens of an answer"),
 }
@@ -72,11 +101,13 @@ KEYS: dict[Key, Swept] = {
 class SweepPoint(TypedDict):
     """The plan at one value. Where it does not fit, only sizes and quality are told."""
 
-    at: int  # value of the key
+    at: Number  # value of the key
     plan: Plan
     workload: Workload
     values: dict[str, Value]  # metric -> prediction
     fits: bool  # predicted peak memory is within the machine's limit
+    falls_behind: bool  # more requests arrive than it can answer, so no time can be told
+    memory_limit_bytes: float
 
 
 class Sweep(TypedDict):
@@ -86,26 +117,37 @@ class Sweep(TypedDict):
     hardware: str
     words: str  # the plan that is swept, in words
     key: Key
-    memory_limit_bytes: float
+    memory_limit_bytes: float  # at the first point
+    coverage: float  # of the intervals
+    notes: list[str]  # what must be known to read the figures
     points: list[SweepPoint]
-    largest_that_fits: int | None  # null: nothing in the sweep fits
+    largest_that_fits: Number | None  # null: nothing in the sweep fits
 
 
 def read_sweep(text: str) -> tuple[Key, list[int]]:
+    """Return `read_numbers` of what can be swept here."""
+    return read_numbers(text, KEYS)
+
+
+Name = TypeVar("Name", bound=str)
+
+
+def read_numbers(text: str, keys: Iterable[Name]) -> tuple[Name, list[Any]]:
     """Return the key and its values: `batch=1..64` doubles from 1 to 64, `batch=1,3,5` is as written.
 
     Raises:
         BadInput: an unknown key, or values that are no whole numbers from 1, in order.
     """
     name, equals, written = (part.strip() for part in text.partition("="))
-    key: Key | None = next((key for key in KEYS if key == name), None)
+    key: Name | None = next((key for key in keys if key == name), None)
     if key is None or not equals:
         raise BadInput(
             f"cannot sweep {units.quote(name)}" if equals else f"{units.quote(text)} does not say what to sweep",
-            hint=f"one of: {', '.join(f'{key}=1..64' for key in KEYS)}", where="--sweep",
+            hint=f"one of: {', '.join(f'{key}=1..64' for key in keys)}", where="--sweep",
         )  # fmt: skip
     ends = re.fullmatch(r"(.*?)\.\.(.*)", written)
-    numbers = [_whole(part, text) for part in ((ends[1], ends[2]) if ends else written.split(","))]
+    read = _rate if key == "requests_per_s" else _whole
+    numbers = [read(part, text) for part in ((ends[1], ends[2]) if ends else written.split(","))]
     if any(a >= b for a, b in itertools.pairwise(numbers)):
         raise BadInput(f"the values of {units.quote(text)} do not rise", hint="write them from small to large", where="--sweep")  # fmt: skip
     if ends:
@@ -114,6 +156,16 @@ def read_sweep(text: str) -> tuple[Key, list[int]]:
     if len(numbers) > MOST:
         raise BadInput(f"{len(numbers)} values are too many to read", hint=f"at most {MOST}", where="--sweep")
     return key, numbers
+
+
+def _rate(text: str, whole: str) -> float:
+    stripped = text.strip()
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", stripped) or not float(stripped) > 0:
+        raise BadInput(
+            f"{units.quote(stripped)} in {units.quote(whole)} is not a rate above 0",
+            hint="write for example requests_per_s=0.5..8", where="--sweep",
+        )  # fmt: skip
+    return float(stripped)
 
 
 def _whole(text: str, whole: str) -> int:
@@ -126,7 +178,7 @@ def _whole(text: str, whole: str) -> int:
     return int(stripped)
 
 
-def swept(asked: Asked, key: Key, numbers: Sequence[int]) -> Sweep:
+def swept(asked: Asked, key: Key, numbers: Sequence[Number]) -> Sweep:
     """Return the plan priced at every number.
 
     Raises:
@@ -135,31 +187,36 @@ def swept(asked: Asked, key: Key, numbers: Sequence[int]) -> Sweep:
     points = [_at(asked, key, number) for number in numbers]
     return Sweep(
         model=asked.model.name, hardware=asked.hardware.name, words=asked.plan.words, key=key,
-        memory_limit_bytes=float(asked.hardware.memory_limit_bytes),
+        memory_limit_bytes=float(points[0].limit_bytes), coverage=points[0].coverage, notes=[note for note in points[0].notes if all(note in priced.notes for priced in points)],
         points=[_point(number, priced) for number, priced in zip(numbers, points)],
         largest_that_fits=_largest(asked, key, numbers, points),
     )  # fmt: skip
 
 
-def _at(asked: Asked, key: Key, number: int) -> Priced:
+def _at(asked: Asked, key: Key, number: Number) -> Priced:
     changed = KEYS[key].at(asked, number)
     where = f"--sweep {key}={number}"
     changed.check(steps_from=where, lengths_from=where)
-    return price(changed)
+    try:
+        return price(changed)
+    except BadInput as error:
+        raise BadInput(error.message, hint=error.hint, where=where) from error
 
 
-def _point(number: int, priced: Priced) -> SweepPoint:
+def _point(number: Number, priced: Priced) -> SweepPoint:
+    rate = priced.asked.workload.requests_per_s
     return SweepPoint(
-        at=number, plan=priced.plan, workload=priced.asked.workload, values=priced.holding, fits=priced.fits
-    )
+        at=number, plan=priced.plan, workload=priced.asked.workload, values=priced.holding, fits=priced.fits,
+        falls_behind=rate is not None and "latency_s" in priced.prevented, memory_limit_bytes=float(priced.limit_bytes),
+    )  # fmt: skip
 
 
-def _largest(asked: Asked, key: Key, numbers: Sequence[int], points: Sequence[Priced]) -> int | None:
-    """Return the largest number within the sweep that fits; memory never falls as one of the keys grows."""
+def _largest(asked: Asked, key: Key, numbers: Sequence[Number], points: Sequence[Priced]) -> Number | None:
+    """Return the largest number within the sweep that fits; memory never falls as one of the whole keys grows."""
     fitting = [number for number, priced in zip(numbers, points) if priced.fits]
-    if not fitting or len(fitting) == len(numbers):
+    if not fitting or len(fitting) == len(numbers) or key in ("devices", "requests_per_s"):
         return fitting[-1] if fitting else None
-    low, high = fitting[-1], numbers[len(fitting)]
+    low, high = int(fitting[-1]), int(numbers[len(fitting)])
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _at(asked, key, middle).fits else (low, middle)
@@ -171,16 +228,18 @@ def _largest(asked: Asked, key: Key, numbers: Sequence[int], points: Sequence[Pr
 
 def notes(facts: Sweep) -> list[str]:
     """Return what one must know to read the figures."""
-    said = []
+    said = list(facts["notes"])
     limit = units.format(facts["memory_limit_bytes"], "bytes")
     if facts["largest_that_fits"] is None:
         said.append(f"nothing here fits in {limit}")
+    elif facts["key"] == "devices" and not facts["points"][0]["fits"]:
+        first = next(point for point in facts["points"] if point["fits"])
+        said.append(f"fits from {first['at']} devices on")
     elif not all(point["fits"] for point in facts["points"]):
         said.append(f"fits in {limit} up to {facts['key']} {facts['largest_that_fits']}")
-    fitting = [point["values"] for point in facts["points"] if point["fits"]]
-    if facts["key"] == "concurrency" and len(fitting) > 1 and all(values == fitting[0] for values in fitting):
+    if behind := [point["at"] for point in facts["points"] if point["falls_behind"]]:
         said.append(
-            "nothing changes with concurrency: the plan serves as many at a time as its batch; waiting is left out"
+            f"at {behind[0]:g} {'requests/s' if facts['key'] == 'requests_per_s' else facts['key']} it falls behind what arrives"
         )
     if facts["key"] == "batch":
         from knowledge_base.registry import techniques
@@ -201,21 +260,28 @@ def as_text(facts: Sweep, *, ascii_only: bool) -> str:
         "output": f"{workload.prompt_tokens} prompt tokens",
     }
     lengths = fixed.get(facts["key"], f"{workload.prompt_tokens} prompt + {workload.output_tokens} output tokens")
-    rows = [_row(facts["key"], point, facts["memory_limit_bytes"]) for point in facts["points"]]
-    out = [f"predicted for {facts['model']} on {facts['hardware']}  ({facts['words']})", lengths, "", table(rows)]
+    load = load_words(workload).partition("; ")[2]
+    lengths += f"; {load}" if load and facts["key"] not in LOADS else ""
+    rows = [_row(facts["key"], point) for point in facts["points"]]
+    title = f"predicted for {facts['model']} on {facts['hardware']}  ({facts['words']})"
+    out = [title, f"{lengths}; intervals hold {facts['coverage'] * 100:.0f} %", "", table(rows)]
     out += ["", *notes(facts)] if notes(facts) else []
     for picture in pictures(facts):
         out += ["", *lines(picture, ascii_only=ascii_only)]
     return "\n".join(out)
 
 
-def _row(key: Key, point: SweepPoint, limit_bytes: float) -> dict[str, str]:
-    row: dict[str, str] = {key: str(point["at"])}
+def _row(key: Key, point: SweepPoint) -> dict[str, str]:
+    row: dict[str, str] = {key: f"{point['at']:g}" if key == "requests_per_s" else str(point["at"])}
     for name in COLUMNS:
         value = point["values"].get(name)
         row[METRICS[name].label] = units.format(value.mid, METRICS[name].dimension) if value else "–"
-    may = point["values"][PEAK].high <= limit_bytes
-    return {**row, "": "" if may else "may not fit" if point["fits"] else "does not fit"}
+        if name == "latency_s" and key in LOADS:
+            p95 = value.p95 if value else None
+            row["p95"] = "–" if p95 is None else units.format(p95, "time")
+    may = point["values"][PEAK].high <= point["memory_limit_bytes"]
+    told = "falls behind" if point["falls_behind"] else "" if may else "may not fit"
+    return {**row, "": told if point["fits"] else "does not fit"}
 
 
 def as_svg(facts: Sweep) -> str:
@@ -233,31 +299,31 @@ def _plot(facts: Sweep, metric: str) -> Picture | None:
 
     first, last = facts["points"][0]["at"], facts["points"][-1]["at"]
 
-    def across(number: int) -> float:
+    def across(number: Number) -> float:
         return math.log(number / first) / math.log(last / first) if last > first else 0.5
 
     shown = [(point["at"], point["values"][metric]) for point in facts["points"] if metric in point["values"]]
     if not shown:
         return None
-    limits = [facts["memory_limit_bytes"]] if metric == PEAK else []
+    limits = [facts["memory_limit_bytes"]] if metric == PEAK and facts["key"] != "devices" else []
     axis = Axis.of(metric, [*(end for _, value in shown for end in (value.low, value.high)), *limits])
     curves = [
         Curve(
             points=[(across(number), axis.at(value.mid)) for number, value in shown],
             band=[(axis.at(value.low), axis.at(value.high)) for _, value in shown],
-            text=f"{METRICS[metric].label}, 80 % interval",
+            text=f"{METRICS[metric].label}, {facts['coverage'] * 100:.0f} % interval",
         )
     ]
     for limit in limits:
         at = axis.at(limit)
         curves.append(Curve(points=[(0.0, at), (1.0, at)], text=f"limit {units.format(limit, 'bytes')}", line="limit"))
     until = facts["largest_that_fits"]
-    if until is not None and until < last:
+    if until is not None and until < last and facts["key"] != "devices":
         at = across(until)
         curves.append(Curve(points=[(at, 0.0), (at, 1.0)], text=f"fits up to {until}", line="limit"))
     numbers = [point["at"] for point in facts["points"]]
     return Picture(
         title=METRICS[metric].label, across=f"{facts['key']} ({KEYS[facts['key']].words})",
-        across_ticks=[(across(n), str(n)) for n in numbers[:: math.ceil(len(numbers) / MOST_TICKS)]],
+        across_ticks=[(across(n), f"{n:g}" if n < 1e5 else str(n)) for n in numbers[:: math.ceil(len(numbers) / MOST_TICKS)]],
         up_ticks=axis.ticks(), curves=curves,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 What a part reads and computes is asked of the very term, priced on a machine that reads one byte (computes one
 operation) each second and does all else at once; no formula is written here a second time. The layers' matrices are
-split by their parameters where these follow from the model's shape, and stay together where they do not.
+split by their parameters where these follow from the model's shape, and stay together where they do not. An engine that
+is known by its law has the law's parts.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from planner.estimating.pricing import PEAK, Priced
+from planner.estimating.pricing import PEAK, ByLaw, ByOperators, Priced
 
 if TYPE_CHECKING:
     from cost_models.case import Case
     from knowledge_base.types import Demand
 
-Bound = Literal["read-bound", "arithmetic-bound", "host-bound"]
+Bound = Literal["read-bound", "arithmetic-bound", "host-bound", "link-bound", "waiting"]
 PHASES = {"prefill": "ttft_s", "decode": "tpot_s"}  # phase -> the metric that is its time
 LAYERS = "layers' matrices"
 NAMES = {  # what a term calls a part -> what people call it
-    "weights": LAYERS, "head": "output head", "attention": "attention scores", "engine": "engine and runtime",
+    "weights": LAYERS, "head": "output head", "attention": "attention scores",
+    "engine": "engine, runtime and allocator", "waiting": "waiting for others",
 }  # fmt: skip
 AT_ONCE = 1e30  # a rate beside which all others are slow
 KNOWN_RATIO = 0.01  # a shape explains the layers' parameters where it is off by less: biases, norms of heads
@@ -34,8 +36,8 @@ class TimePart(TypedDict):
     time_s: float
     share: float  # of the phase
     bound: Bound  # which of the machine's rates it waits for
-    read_bytes: float  # weights and cache
-    flop: float
+    read_bytes: float | None  # weights and cache; null: the engine's law does not tell
+    flop: float | None
 
 
 class MemoryPart(TypedDict):
@@ -55,7 +57,11 @@ class Waterfall(TypedDict):
 
 
 def waterfall(priced: Priced) -> Waterfall:
-    """Return the parts of a plan's figures, in the terms' order."""
+    """Return the parts of a plan's figures, in the terms' order; none of what is not predicted."""
+    if isinstance(priced, ByLaw):
+        return _of_law(priced)
+    if not isinstance(priced, ByOperators):
+        raise TypeError(type(priced))
     return Waterfall(
         prefill=_times(priced, PHASES["prefill"]), decode=_times(priced, PHASES["decode"]), memory=_memory(priced)
     )
@@ -64,15 +70,20 @@ def waterfall(priced: Priced) -> Waterfall:
 # ---------------------------------------------------------------- time
 
 
-def _times(priced: Priced, metric: str) -> list[TimePart]:
+def _times(priced: ByOperators, metric: str) -> list[TimePart]:
+    if metric not in priced.figures:
+        return []
     seconds = _parts(priced.case, priced, metric)
-    whole = sum(seconds.values())
+    waiting = float(priced.figures[metric].mid[0]) - sum(seconds.values())
+    whole = sum(seconds.values()) + max(waiting, 0.0)
     reading = _parts(_at(priced.case, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
     computing = _parts(_at(priced.case, bytes_per_s=AT_ONCE, host_s=0.0), priced, metric)
     starting = _parts(_at(priced.case, bytes_per_s=AT_ONCE, flop_per_s=AT_ONCE), priced, metric)
     read_bytes = _parts(_at(priced.case, bytes_per_s=1.0, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
     flop = _parts(_at(priced.case, bytes_per_s=AT_ONCE, flop_per_s=1.0, host_s=0.0), priced, metric)
     found: list[TimePart] = []
+    if waiting > 1e-9 * whole:
+        found.append(TimePart(name=NAMES["waiting"], time_s=waiting, share=waiting / whole, bound="waiting", read_bytes=0.0, flop=0.0))  # fmt: skip
     for name in (name for name, time_s in seconds.items() if time_s > 0):
         alone: dict[Bound, float] = {
             "read-bound": reading[name], "arithmetic-bound": computing[name], "host-bound": starting[name]
@@ -81,11 +92,11 @@ def _times(priced: Priced, metric: str) -> list[TimePart]:
             name=NAMES.get(name, name), time_s=seconds[name], share=seconds[name] / whole,
             bound=max(alone, key=alone.__getitem__), read_bytes=read_bytes[name], flop=flop[name],
         )  # fmt: skip
-        found += _split(part, priced, metric) if name == "weights" else [part]
+        found += _split(part, priced, metric, read_bytes[name], flop[name]) if name == "weights" else [part]
     return found
 
 
-def _parts(case: Case, priced: Priced, metric: str) -> dict[str, float]:
+def _parts(case: Case, priced: ByOperators, metric: str) -> dict[str, float]:
     """Return the parts of a term on a changed machine, in seconds."""
     import numpy as np
 
@@ -111,7 +122,7 @@ def _at(
     return replace(case, rates=replace(case.rates, **rates))
 
 
-def _split(part: TimePart, priced: Priced, metric: str) -> list[TimePart]:
+def _split(part: TimePart, priced: ByOperators, metric: str, read_bytes: float, flops: float) -> list[TimePart]:
     """Return the layers' matrices by kind: time follows bytes where reading binds, operations where arithmetic does."""
     kinds = layer_kinds(priced.demand)
     if len(kinds) == 1:
@@ -125,8 +136,8 @@ def _split(part: TimePart, priced: Priced, metric: str) -> list[TimePart]:
     read: dict[str, float] = {}
     flop: dict[str, float] = {}
     for kind in kinds:  # the routed kind comes last: it is what remains
-        read[kind.name] = part["read_bytes"] - sum(read.values()) if kind.routed else kind.share * all_bytes
-        flop[kind.name] = part["flop"] - sum(flop.values()) if kind.routed else kind.share / active * part["flop"]
+        read[kind.name] = read_bytes - sum(read.values()) if kind.routed else kind.share * all_bytes
+        flop[kind.name] = flops - sum(flop.values()) if kind.routed else kind.share / active * flops
     weights = read if part["bound"] == "read-bound" else flop
     whole = sum(weights.values())
     return [
@@ -138,10 +149,31 @@ def _split(part: TimePart, priced: Priced, metric: str) -> list[TimePart]:
     ]  # fmt: skip
 
 
+def _of_law(priced: ByLaw) -> Waterfall:
+    """Return the law's parts, each with what it waits for."""
+    served = priced.served
+    times = {
+        phase: [
+            TimePart(name=name, time_s=part, share=part / sum(parts.values()), bound=served.bounds[metric][name],  # type: ignore[typeddict-item]
+                     read_bytes=None, flop=None)
+            for name, part in parts.items() if part > 0
+        ]
+        for phase, metric in PHASES.items() if (parts := served.parts[metric]) is not None
+    }  # fmt: skip
+    stored = served.parts[PEAK]
+    return Waterfall(
+        prefill=times["prefill"], decode=times["decode"],
+        memory=[
+            MemoryPart(name=NAMES["engine"] if n == "engine" else n, memory_bytes=size, share=size / sum(stored.values()))
+            for n, size in stored.items() if size > 0
+        ],
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------- memory
 
 
-def _memory(priced: Priced) -> list[MemoryPart]:
+def _memory(priced: ByOperators) -> list[MemoryPart]:
     import numpy as np
 
     whole = priced.values[PEAK].mid
@@ -155,7 +187,7 @@ def _memory(priced: Priced) -> list[MemoryPart]:
     return [MemoryPart(name=n, memory_bytes=size, share=size / whole) for n, size in found.items() if size > 0]
 
 
-def _stored(priced: Priced) -> dict[str, float]:
+def _stored(priced: ByOperators) -> dict[str, float]:
     """Return the bytes of the weights by kind."""
     import numpy as np
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from knowledge_base import units
 from knowledge_base.errors import FAILURE_KINDS, CandidateFailed, EnvironmentProblem
+from knowledge_base.field import overlay
+from planner import environments
 from planner.isolation import watching
 from planner.isolation.environment import clean_environment
 from planner.scrubbing import scrub, scrub_bytes
@@ -50,12 +52,15 @@ class Limits:
 class Servers:
     """Keeps one fork server for each set of preloaded modules; stops them, and all candidates, on exit.
 
+    Modules of an engine that lives in an environment of its own are imported by that environment's interpreter, which
+    finds Leanplan's packages and nothing else of ours.
+
         with Servers() as servers:
             with servers.start(engine.preload, folder=run / "work", limits=limits, log=run / "log.txt") as candidate:
                 reply = candidate.call("open", {...}, timeout_s=60)
 
     Args:
-        extra_ops: name of a module whose `OPS` are added to the worker's. Only the tests use it, to provoke faults.
+        extra_ops: name of a module whose `OPS` are added to the worker's. Calibration brings its own; the tests provoke faults with it.
 
     Raises:
         EnvironmentProblem: not Linux; process limits and memory readings rest on /proc.
@@ -121,11 +126,20 @@ class _Server:
         self.preload = preload
         self._lock = threading.Lock()
         self._hello: dict[str, Any] | None = None
+        python = environments.interpreter(preload)
+        if not python.exists():
+            raise CandidateFailed(
+                "engine_missing", f"no interpreter at {python}", hint="leanplan doctor shows what is installed"
+            )
+        ours = python == Path(sys.executable)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = {
             "fd": theirs.fileno(),
             "parent": os.getpid(),
-            "path": [str(Path(p).resolve()) for p in sys.path if p],  # so it finds the very modules the planner would
+            # Ours finds the very modules the planner would; another environment's, its own and the four packages.
+            "path": [str(Path(p).resolve()) for p in sys.path if p] if ours else None,
+            "packages": None if ours else str(_packages(home)),
+            "knowledge": None if ours else [str(folder) for folder in overlay.folders()],
             "preload": list(preload),
             "extra_ops": extra_ops,
             "pdeathsig": threading.current_thread() is threading.main_thread(),
@@ -133,7 +147,7 @@ class _Server:
         self._log = home / f"server-{len(list(home.iterdir()))}.log"
         with theirs, self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-E", "-P", "-u", str(Path(__file__).with_name("server.py")), json.dumps(settings)],
+                [str(python), "-E", "-P", "-u", str(Path(__file__).with_name("server.py")), json.dumps(settings)],
                 env=clean_environment(home),
                 cwd=home,
                 stdin=subprocess.DEVNULL,
@@ -208,6 +222,17 @@ class _Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def _packages(home: Path) -> Path:
+    """Return a folder that holds Leanplan's packages and nothing that is installed beside them."""
+    folder = home / "packages"
+    folder.mkdir(exist_ok=True)
+    root = Path(__file__).resolve().parents[2]
+    for name in ("knowledge_base", "cost_models", "search", "planner"):
+        with suppress(FileExistsError):
+            (folder / name).symlink_to(root / name)
+    return folder
 
 
 class Candidate:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from knowledge_base.engines import _environment
 from knowledge_base.field import overlay
 
 # An allow-list: tokens, keys, passwords, cloud and CI variables, LD_* and PYTHON* are never named here.
@@ -25,12 +26,13 @@ FIXED = {
 
 
 def clean_environment(home: Path, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a candidate: the allow-list, offline switches, folders of knowledge, `home` as HOME and TMPDIR.
+    """Return the environment of a candidate: the allow-list, offline switches, where knowledge and engines are, `home`.
 
-    HOME is not the user's: a hub token lies in the user's.
+    HOME and TMPDIR are not the user's: a hub token lies in the user's.
     """
     given = os.environ if given is None else given
     kept = {name: given[name] for name in PASSED_ON if name in given}
     # Candidates of one run share what torch.compile made, and nothing outlives the run.
     compiled = {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
-    return {**kept, **FIXED, **compiled, **overlay.environment(), "HOME": str(home), "TMPDIR": str(home)}
+    places = {_environment.VARIABLE: str(_environment.root())}  # told from the user's HOME, which is hidden
+    return {**kept, **FIXED, **compiled, **places, **overlay.environment(), "HOME": str(home), "TMPDIR": str(home)}

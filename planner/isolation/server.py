@@ -1,6 +1,7 @@
 """The fork server: imports an engine's modules once, then forks each candidate from itself in milliseconds.
 
-Started by path with its settings as JSON in argv: {"fd", "parent", "path", "preload", "extra_ops", "pdeathsig"}.
+Started by path with its settings as JSON in argv:
+{"fd", "parent", "path", or "packages" and "knowledge", "preload", "extra_ops", "pdeathsig"}.
 One request at a time over a SOCK_SEQPACKET socket; file descriptors travel beside the request:
 
     (at start)                          -> {"ready": pid, "threads": n} or {"error": "ImportError: ..."}
@@ -18,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -45,7 +47,11 @@ def main() -> None:
     if os.getppid() != settings["parent"]:
         return
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    sys.path[:] = settings["path"]
+    if settings["packages"]:
+        sys.path.insert(0, settings["packages"])
+        take_knowledge(settings["knowledge"])
+    else:
+        sys.path[:] = settings["path"]
     try:
         operations = preload(settings["preload"], settings["extra_ops"])
     except BaseException as error:
@@ -62,6 +68,12 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for pid in tuple(candidates):
             end(pid, candidates)
+
+
+def take_knowledge(folders: list[str]) -> None:
+    """Use people's folders of knowledge as the planner found them: checking takes packages that are not here."""
+    overlay = importlib.import_module("knowledge_base.field.overlay")
+    overlay.take(tuple(map(pathlib.Path, folders)))
 
 
 def preload(modules: list[str], extra_ops: str | None) -> dict:

@@ -11,9 +11,11 @@ Nothing here imports torch: an engine that needs none is measured without it.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -23,12 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_base import registry
+from knowledge_base.build_memory import loads_weights
 from knowledge_base.errors import CandidateFailed, LeanplanError
-from knowledge_base.serde import restore
-from knowledge_base.types import Model, Plan
+from knowledge_base.serde import plain, restore, write_json
+from knowledge_base.types import Model, Plan, Step
+from planner import retrieval
 
 Progress = Callable[[str, float], None]
 MAX_REPLY_BYTES = 1 << 20
+OPTIONS = "options.json"  # in the candidate's folder: too long for a reply where matrices are many
+RESUME = "resume"  # in the candidate's folder: what a build that is cut off can go on from; techniques write here too
+SNAPSHOT = "after-step"  # in RESUME: the model as the last snapshot found it
+SESSION_FACTS = ("runtime", "storage", "notes")
+SNAPSHOT_BYTES_PER_S, SNAPSHOT_WORTH = 200e6, 10.0  # taken of work that took so many times as long
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -99,7 +108,7 @@ def cause(error: BaseException, op: str) -> tuple[str, str]:
     root = error
     while root.__cause__ is not None and not isinstance(root, LeanplanError):
         root = root.__cause__
-    kinds = {"build": "build_error", "sensitivities": "build_error", "open": "load_error"}
+    kinds = {"build": "build_error", "options": "build_error", "allocated": "build_error", "open": "load_error"}
     if isinstance(root, ImportError):  # missing, or present and broken: either way the machine's fault, not the plan's
         return "engine_missing", describe(root)
     return kinds.get(op, "crashed"), describe(root)
@@ -131,25 +140,76 @@ def describe(error: BaseException) -> str:
 def build(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Execute a plan's steps on the loaded model, in order, and let the engine export the artefact into `out`.
 
-    Payload: model_folder, model, plan, allocation, calibration (.npy of token windows, or None), seed, out.
+    Payload: model_folder, model, plan, allocation, calibration (.npy of token windows, or None), seed, out, and key, which
+    tells this build from any other.
+
+    A step that executes an allocation and is given none is not begun: the reply is {"waits_for": its number}. `options`
+    then measures what it can choose from, on the model as it is, and `allocated` goes on with what was chosen.
     """
-    plan = restore(Plan, payload["plan"])
-    engine = registry.engines.get(plan.engine)
-    out = Path(payload["out"])
     began = time.monotonic()
     session = _session(payload, progress)
     session.allocation = payload.get("allocation")
     seconds = {"load": time.monotonic() - began}
-    for number, step in enumerate(plan.steps):
+    given = range(len(payload["plan"]["steps"])) if session.allocation else ()
+    done = _resume(session, payload, seconds, progress)
+    state["build"] = {
+        "session": session, "payload": payload, "done": done, "given": set(given), "step_s": seconds, "unsaved_s": 0.0,
+    }  # fmt: skip
+    return _go_on(state, progress)
+
+
+def options(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Measure what the step that is waited for can choose from, and write it to OPTIONS. Payload: time_limit_s."""
+    building = state["build"]
+    step = restore(Plan, building["payload"]["plan"]).steps[building["done"]]
+    began = time.monotonic()
+    measured = registry.techniques.get(step.technique).options(
+        building["session"], time_limit_s=payload["time_limit_s"], **asked_of(step)
+    )
+    write_json(Path(OPTIONS), measured)
+    building["step_s"][f"{step.technique}.options"] = time.monotonic() - began
+    return {}
+
+
+def asked_of(step: Step) -> dict[str, Any]:
+    """Return the knobs that tell what a step measures; whatever its others say is chosen from the same figures."""
+    taken = inspect.signature(registry.techniques.get(step.technique).options).parameters
+    return {knob: value for knob, value in step.knobs.items() if knob in taken}
+
+
+def allocated(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Go on building with what was chosen. Payload: allocation."""
+    building = state["build"]
+    building["session"].allocation = {**(building["session"].allocation or {}), **payload["allocation"]}
+    building["given"].add(building["done"])
+    return _go_on(state, progress)
+
+
+def _go_on(state: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    building = state["build"]
+    session, payload, seconds = building["session"], building["payload"], building["step_s"]
+    plan = restore(Plan, payload["plan"])
+    engine = registry.engines.get(plan.engine)
+    for number, step in enumerate(plan.steps[building["done"] :], building["done"]):
+        technique = registry.techniques.get(step.technique)
+        if hasattr(technique, "options") and number not in building["given"]:
+            return {"waits_for": number}
         began = time.monotonic()
-        progress(f"{step.technique}", number / max(1, len(plan.steps)))
-        registry.techniques.get(step.technique).execute(session, **step.knobs)
+        progress(step.technique, 0.0)
+        technique.execute(session, **step.knobs)
+        building["done"] = number + 1
         name = step.technique if step.technique not in seconds else f"{step.technique}.{number}"
         seconds[name] = time.monotonic() - began
+        building["unsaved_s"] += seconds[name]
+        if number + 1 < len(plan.steps) and building["unsaved_s"] > _worth_saving_s(session):
+            _save_snapshot(building)
+            building["unsaved_s"] = 0.0
+    del state["build"]
     progress("checking that every weight is finite", 1.0)
     _require_finite(session)
     progress("writing the artefact", 1.0)
     began = time.monotonic()
+    out = Path(payload["out"])
     out.mkdir(parents=True, exist_ok=True)
     engine.export(session, out)
     for name in TOKENIZER_FILES:
@@ -167,42 +227,112 @@ def build(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress)
     }
 
 
-def sensitivities(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Measure how much each module's weights matter at each precision, for the planner's allocation of bits."""
-    from knowledge_base.techniques import _sensitivity
+def _worth_saving_s(session: Any) -> float:
+    stored = sum(tensor.nbytes for tensor in session.model.state_dict().values())
+    return SNAPSHOT_WORTH * stored / SNAPSHOT_BYTES_PER_S
 
-    session = _session(payload, progress)
-    return {"sensitivities": _sensitivity.measure_sensitivities(session, **payload.get("options", {}))}
+
+def _save_snapshot(building: Mapping[str, Any]) -> None:
+    """Write the model and what is known of it beside, in place of the snapshot before; where it has no such form, nothing."""
+    from knowledge_base.engines import _torch_artefact
+
+    session, place = building["session"], Path(RESUME, SNAPSHOT)
+    partial = place.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _torch_artefact.save(session.model, None, partial)
+    except CandidateFailed:
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    facts = {"key": building["payload"]["key"], "done": building["done"], "step_s": building["step_s"]}
+    facts |= {name: getattr(session, name) for name in ("allocation", *SESSION_FACTS)}
+    write_json(partial / "state.json", plain(facts))
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+
+
+def _resume(session: Any, payload: Mapping[str, Any], seconds: dict[str, float], progress: Progress) -> int:
+    """Put a snapshot's model into the session and return how many steps were done; 0 where none is of this very build."""
+    place = Path(RESUME, SNAPSHOT)
+    for folder in (p for p in place.parent.iterdir() if p.is_dir() and p != place):
+        shutil.rmtree(folder)  # an interrupted technique's own passing files
+    try:
+        facts = json.loads((place / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return 0
+    if (facts["key"], facts["allocation"]) != (payload["key"], payload.get("allocation")):
+        shutil.rmtree(place)
+        return 0
+    from knowledge_base.engines import _torch_artefact
+
+    progress("loading the model as it was when the build was cut off", 0.0)
+    came, session.model = session.model, None
+    source, generation, device = came.name_or_path, getattr(came, "generation_config", None), came.device
+    del came
+    session.model = _torch_artefact.load(place, device, unpack=False)
+    session.model.name_or_path = session.model.config._name_or_path = source
+    session.model.generation_config = generation
+    for name in SESSION_FACTS:
+        getattr(session, name).update(facts[name])
+    seconds |= {name: taken for name, taken in facts["step_s"].items() if name != "load"}
+    session.notes["build.resumed_after_steps"] = facts["done"]
+    return int(facts["done"])
 
 
 def _session(payload: Mapping[str, Any], progress: Progress) -> Any:
-    from knowledge_base.techniques import _loading
+    from knowledge_base.techniques import _loading, _shapes
 
     progress("loading the model", 0.0)
+    Path(RESUME).mkdir(exist_ok=True)
     calibration = payload.get("calibration")
     if calibration is not None:
         import numpy
         import torch
 
         calibration = torch.from_numpy(numpy.load(calibration, allow_pickle=False).astype("int64"))
-    session = _loading.load_session(
-        Path(payload["model_folder"]),
-        restore(Model, payload["model"]),
-        calibration=calibration,
-        seed=payload["seed"],
-        allow_pickle=bool(payload.get("allow_pickle")),
-        workspace=Path.cwd(),
-    )
-    session.progress = progress
+    folder, facts = Path(payload["model_folder"]), restore(Model, payload["model"])
+    given = {"calibration": calibration, "seed": payload["seed"], "workspace": Path(RESUME).resolve()}
+    session = None if loads_weights(restore(Plan, payload["plan"])) else _shapes.shapes_session(folder, facts, **given)
+    if session is None:
+        session = _loading.load_session(folder, facts, allow_pickle=bool(payload.get("allow_pickle")), **given)
+    give_back = memory_giver()
+
+    def told(stage: str, done: float) -> None:
+        give_back()
+        progress(stage, done)
+
+    session.progress = told
+    give_back()
     return session
+
+
+def memory_giver() -> Callable[[], None]:
+    """Return a function that hands the system what was freed, at most fifty times a second.
+
+    glibc keeps it for later: matrices replaced layer by layer would fill memory beside those in their place.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+    last = 0.0
+
+    def give_back() -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= 0.02:
+            trim(0)
+            last = now
+
+    return give_back
 
 
 def _require_finite(session: Any) -> None:
     import torch
 
     for name, tensor in session.model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point() or tensor.is_meta:  # what was not loaded is checked as it is copied
+            continue
+        values = tensor.half() if tensor.dtype.itemsize == 1 else tensor  # 8-bit floats have no such kernel
+        if bad := int((~torch.isfinite(values)).sum()):
             raise CandidateFailed("non_finite", f"{name} has {bad} values that are not finite after the last step")
 
 
@@ -354,11 +484,13 @@ def resident_bytes() -> int:
 
 OPS: dict[str, Callable[..., dict]] = {
     "build": build,
-    "sensitivities": sensitivities,
+    "options": options,
+    "allocated": allocated,
     "open": open_artefact,
     "block": block,
     "tokens": tokens,
     "fidelity": fidelity,
+    "recall": retrieval.recall,
     "memory": memory,
     "close": close,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def measure() -> dict[str, Any]:
             "free_bytes": free,
             "compute_capability": f"{facts.major}.{facts.minor}",
             "memory_bytes_per_s": _read_rate(min(2**30, free // 4)),
+            "host_link_bytes_per_s": _link_rate(min(2**27, free // 4)),
             "flop_per_s": {dtype: rate for dtype, rate in rates.items() if rate},
             "busy_w": _power_limit_w(index),
         })  # fmt: skip
@@ -82,6 +84,21 @@ def _read_rate(size: int) -> float:
         stop.synchronize()
         best = min(best, start.elapsed_time(stop) / 1e3)
     return array.numel() * 4 / best
+
+
+def _link_rate(size: int) -> float:
+    """Return bytes/s of copies from the host's ordinary memory, which is where offloaded weights wait."""
+    import torch
+
+    there, here = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8, device="cuda")
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        here.copy_(there)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def _power_limit_w(index: int) -> float | None:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 from knowledge_base import units
 from knowledge_base.metrics import METRICS, find_metric
 from knowledge_base.types import Figure, Value
+from planner import run_forecast
 from planner.answering import alternatives
 from planner.results import ParetoSet, PlanResult
+from planner.run_forecast import RunForecast
 
 MARKS = {"met": "✓", "not met": "✗", "inconclusive": "?", "not judged": "–"}
 
@@ -120,6 +122,26 @@ def named(answer: ParetoSet) -> list[tuple[str, PlanResult]]:
         names.setdefault(result.plan.id, []).append(name)
         results[result.plan.id] = result
     return [(", ".join(found), results[plan]) for plan, found in names.items()]
+
+
+def foretold(answer: ParetoSet, result: PlanResult) -> list[tuple[str, Value]]:
+    """Return what is predicted of an unmeasured plan by each objective that can be predicted."""
+    names = dict.fromkeys(find_metric(label)[0].name for label in answer.objectives)
+    values = result.estimate.values if result.estimate else {}
+    return [(name, values[name]) for name in names if name in values]
+
+
+def forecast_lines(forecast: RunForecast) -> tuple[str, list[str]]:
+    """Return a heading and a line for each amount of a run: what it was expected to take, and what it took."""
+    lines = run_forecast.rows(forecast)
+    if all(a.fact is None for a in forecast.amounts.values()):
+        return "Measuring them is expected to take", [f"{r.label}: {r.forecast}" for r in lines]
+    return "The run's forecast against what it took", [
+        f"{r.label}: {r.forecast}, took {r.fact}: {r.held}"
+        if r.fact != "–"
+        else f"{r.label}: {r.forecast}, not observed"
+        for r in lines
+    ]
 
 
 def ordered(answer: ParetoSet) -> list[PlanResult]:

@@ -73,4 +73,13 @@ def render(answer: ParetoSet) -> str:
             f"| {_table.label(metric)} | {int(e['n'])} | {e['median_abs_ratio']:.0%} | {e['coverage']:.0%} |"
             for metric, e in answer.prediction_errors.items()
         ] + [""]
+    if answer.unmeasured:
+        lines += ["### Worth measuring, predicted to be better", ""]
+        for result in answer.unmeasured:
+            told = ", ".join(f"{_table.label(n)} {_table.value_text(v, n)}" for n, v in _table.foretold(answer, result))
+            lines.append(f"- {result.plan.id} {escape(result.plan.words)}: {escape(told)}")
+        lines.append("")
+    if answer.forecast:
+        heading, told_lines = _table.forecast_lines(answer.forecast)
+        lines += [f"### {heading}", "", *(f"- {escape(line)}" for line in told_lines), ""]
     return "\n".join(lines)

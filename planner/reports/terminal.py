@@ -121,6 +121,16 @@ def render(answer: ParetoSet, *, width: int | None = None, color: bool = False) 
                     f"  {_table.label(metric)}: median error {error['median_abs_ratio']:.0%}, interval held {error['coverage']:.0%} of {int(error['n'])}"
                 )
             )
+    if answer.unmeasured:
+        console.print(text("\nWorth measuring, predicted to be better:", "bold"))
+        for result in answer.unmeasured:
+            told = ", ".join(f"{_table.label(n)} {_table.value_text(v, n)}" for n, v in _table.foretold(answer, result))
+            console.print(text(f"  {result.plan.id} {result.plan.words}: {told}  ({'; '.join(result.why)})"))
+    if answer.forecast:
+        heading, lines = _table.forecast_lines(answer.forecast)
+        console.print(text(f"\n{heading}:", "bold"))
+        for line in lines:
+            console.print(text(f"  {line}"))
     if commands := _next(answer):
         console.print(text("\nNext:", "bold"))
         for command, what in commands:
@@ -137,6 +147,11 @@ def _next(answer: ParetoSet) -> list[tuple[str, str]]:
     plan, run = answer.recommended.plan.id, Path(answer.folder or answer.run_id)
     elsewhere = f" --run-dir {shlex.quote(str(run.parent))}" if answer.folder and run.parent != Path("runs") else ""
     program = _program()
+    if "replanned_from" in answer.provenance:
+        return [
+            (f"{program} build {plan} -o artefact{elsewhere}", "its artefact, ready to serve"),
+            (f"{program} plan SPEC", "with these budgets: what was measured is not measured again"),
+        ]
     return [
         (f"{program} explain {plan}{elsewhere}", "what each of its steps bought and cost"),
         (f"{program} build {plan} -o artefact{elsewhere}", "its artefact, ready to serve"),

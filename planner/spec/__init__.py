@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from knowledge_base import units
 from knowledge_base.errors import BadInput
+from knowledge_base.types import Trace, Workload
 from planner import _yaml
 from planner._yaml import Node
 from planner.spec.kinds import BudgetsRead, example_limit, labels
@@ -49,12 +50,15 @@ __all__ = [
     "from_mapping",
     "labels",
     "load",
+    "missing_trace",
     "read",
     "rows",
     "schema",
     "spec_of",
     "template",
 ]
+
+SHIPPED = Path("bundled")  # in place of the path of a text
 
 
 def load(source: str | Path, *, stdin: BinaryIO | None = None) -> Spec:
@@ -105,26 +109,65 @@ def spec_of(node: Node, folder: Path) -> Spec:
         )
     spec: Spec = SPEC.read(node)
 
-    def placed(text: TextData) -> TextData:
-        return replace(text, data=folder / text.data) if text.data else text
+    def placed(name: str, text: TextData) -> TextData:
+        if text.data is None:
+            return text
+        return replace(text, data=_bundled(name) if text.data == SHIPPED else folder / text.data)
 
-    calibration = placed(spec.calibration) if spec.calibration else None
-    return replace(spec, folder=folder, quality=placed(spec.quality), calibration=calibration)
+    calibration = placed("calibration", spec.calibration) if spec.calibration else None
+    if spec.workload.trace:
+        spec = replace(spec, workload=_traced(spec.workload, spec.workload.trace, folder, _at(node, "workload")))
+    return replace(spec, folder=folder, quality=placed("quality", spec.quality), calibration=calibration)
+
+
+def _traced(workload: Workload, trace: Trace, folder: Path, node: Node) -> Workload:
+    """Return a workload with what its trace says: lengths, their 95th percentiles, and the rate of its requests.
+
+    Where there is no such file, the workload as it is: `check_files` and planning tell of it.
+    """
+    from planner.load import trace as reading
+
+    path = folder / trace.file
+    if not path.is_file():
+        return workload
+    for name in ("prompt_tokens", "output_tokens", "turns", "shared_prefix"):
+        if name in node.content and node.content[name].type != "null":
+            raise node.content[name].error(f"workload.{name} beside a trace, which says it", hint="keep one of the two")
+    rows = reading.read_trace(path)
+    timed = trace.replayed and rows[0].at_s is not None
+    lengths = {"prompt_tokens": [r.prompt_tokens for r in rows], "output_tokens": [r.output_tokens for r in rows]}
+    found = {name: (reading.quantile(told, 0.5), reading.quantile(told, 0.95)) for name, told in lengths.items()}
+    return replace(
+        workload,
+        trace=replace(trace, requests=len(rows), digest=reading.content_of(rows), replayed=timed),
+        requests_per_s=reading.rate_of(rows) if timed else workload.requests_per_s,
+        **{name: p50 for name, (p50, _) in found.items()},
+        **{f"{name}_p95": p95 for name, (p50, p95) in found.items() if p95 > p50},
+    )
+
+
+def _bundled(name: str) -> Path:
+    """Return the text that ships with leanplan for `quality` or `calibration`."""
+    from planner.data import bundled
+
+    return bundled({"quality": "heldout", "calibration": "calib"}[name])
 
 
 def as_mapping(spec: Spec) -> dict[str, Any]:
     """Return a spec as a mapping that `from_mapping` turns back into the same spec, every default written out."""
 
-    def near(text: TextData | None) -> TextData | None:
-        if text is None or text.data is None or not text.data.is_relative_to(spec.folder):
+    def near(name: str, text: TextData | None) -> TextData | None:
+        if text is None or text.data is None:
             return text
-        return replace(text, data=text.data.relative_to(spec.folder))
+        if text.data == _bundled(name):
+            return replace(text, data=SHIPPED)
+        return replace(text, data=text.data.relative_to(spec.folder)) if text.data.is_relative_to(spec.folder) else text
 
     values = {key.target: getattr(spec, key.target) for key in SPEC.keys}
     values |= {
         "budgets": BudgetsRead(spec.budgets),
-        "quality": near(spec.quality),
-        "calibration": near(spec.calibration),
+        "quality": near("quality", spec.quality),
+        "calibration": near("calibration", spec.calibration),
     }
     written = {
         key.name: key.kind.write(values[key.target]) for key in SPEC.keys if values[key.target] not in (None, ())
@@ -146,10 +189,14 @@ def check_files(spec: Spec, node: Node) -> list[str]:
     """Return remarks on what a spec refers to, without running anything or touching the network.
 
     Raises:
-        BadInput: the model folder has no config.json, the source is neither a folder nor a hub id, a text file is
-            missing, or the machine is neither in the catalogue nor a saved profile; with the place in the spec.
+        BadInput: the folder of model or draft has no config.json, the source is neither a folder nor a hub id, a text file or
+            the trace is missing, or the machine is neither in the catalogue nor a saved profile; with the place in the spec.
     """
-    remarks = [_check_model(spec, _at(node, "model", "source"))]
+    remarks = [
+        _check_model(spec, what, ref.source, _at(node, what, "source"))
+        for what, ref in (("model", spec.model), ("draft", spec.draft))
+        if ref is not None
+    ]
     for name, text in (("quality", spec.quality), ("calibration", spec.calibration)):
         if text is None or text.data is None:
             continue
@@ -163,6 +210,10 @@ def check_files(spec: Spec, node: Node) -> list[str]:
                 hint="give the path of a text file, from the spec's folder",
             )
         remarks.append(f"{name} text: {text.data}")
+    if trace := spec.workload.trace:
+        if not trace.digest:
+            raise missing_trace(trace, _at(node, "workload", "trace"))
+        remarks.append(f"trace: {trace.requests:,} requests of {spec.path(trace.file)}")
     if spec.hardware != "local":
         from planner.machine import find
 
@@ -174,8 +225,16 @@ def check_files(spec: Spec, node: Node) -> list[str]:
     return remarks
 
 
-def _check_model(spec: Spec, at: Node) -> str:
-    source = spec.model.source
+def missing_trace(trace: Trace, at: Node | None = None) -> BadInput:
+    """Return what is to say of a trace that is not there."""
+    message, hint = (
+        f"workload.trace: {units.quote(trace.file, 400)} is not a file",
+        "its path is told from the spec's folder",
+    )
+    return at.error(message, hint=hint) if at else BadInput(message, hint=hint, where="workload.trace")
+
+
+def _check_model(spec: Spec, what: str, source: str, at: Node) -> str:
     for folder in (spec.path(source), Path(source)):
         if folder.is_dir():
             if not (folder / "config.json").is_file():
@@ -183,13 +242,13 @@ def _check_model(spec: Spec, at: Node) -> str:
                     f"no config.json in {units.quote(source, 400)}",
                     hint="a model folder has config.json, *.safetensors, tokenizer.json",
                 )
-            return f"model: folder {folder}"
+            return f"{what}: folder {folder}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", source):
         raise at.error(
             f"{units.quote(source)} is not a folder here, nor a hub id",
             hint="give a folder with config.json, or an id like org/name",
         )
-    return f"model: hub id {source} (no such folder beside the spec), fetched when it is needed"
+    return f"{what}: hub id {source} (no such folder beside the spec), fetched when it is needed"
 
 
 def _at(node: Node, *path: str) -> Node:

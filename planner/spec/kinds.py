@@ -37,7 +37,7 @@ def _metric(node: Node, name: str, *, at_key: bool) -> tuple[Metric, str]:
     known = ", ".join(f"{m.label}_p50" if m.sampled else m.label for m in METRICS.values())
     raise node.error(
         f"unknown metric {units.quote(name)}{guess}",
-        hint=f"metrics: {known}; also _p95 and _mean for _p50 (leanplan ls metrics)",
+        hint=f"metrics: {known}; also _p95, _p99 and _mean for _p50 (leanplan ls metrics)",
         at_key=at_key,
     )
 
@@ -68,8 +68,8 @@ _LENGTH = Whole()
 
 
 @dataclass(frozen=True)
-class PromptKind:
-    """One prompt length, or its median and 95th percentile. The value is (p50, p95 or None)."""
+class LengthKind:
+    """One length, or the median and 95th percentile of lengths. The value is (p50, p95 or None)."""
 
     words: str = "a whole number, or {p50: 512, p95: 2048}"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from knowledge_base import registry, units
-from knowledge_base.types import Workload
+from knowledge_base.types import Trace, Workload
 from planner._kinds import NAME, Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
 from planner._yaml import Node
-from planner.spec.kinds import HOURLY, TEXT_FILE, BudgetsKind, BudgetsRead, ObjectiveKind, PromptKind
+from planner.spec.kinds import HOURLY, TEXT_FILE, BudgetsKind, BudgetsRead, LengthKind, ObjectiveKind
 from planner.spec.values import (
     DEFAULT_OBJECTIVES,
     DEFAULT_WORKLOAD,
@@ -28,14 +29,34 @@ from planner.spec.values import (
 
 
 def _gather_workload(values: dict[str, Any], node: Node) -> dict[str, Any]:
-    p50, p95 = values.pop("prompt_tokens")
-    return {**values, "prompt_tokens": p50, "prompt_tokens_p95": p95}
+    given = dict(node.content) if node.type == "mapping" else {}
+    prompt, prompt_p95 = values.pop("prompt_tokens")
+    output, output_p95 = values.pop("output_tokens")
+    if values["trace"] is not None:
+        # Its lengths and rate take the places of the defaults when it is read: planner/spec/__init__.py.
+        values["trace"] = Trace(file=str(values["trace"]), replayed=values["requests_per_s"] is None)
+    if values["shared_prefix_tokens"] >= prompt and values["trace"] is None:
+        raise given["shared_prefix"].error(
+            f"workload.shared_prefix ({values['shared_prefix_tokens']}) is not below workload.prompt_tokens ({prompt})",
+            hint="it is the part of each prompt that all prompts begin with",
+        )
+    return {
+        **values, "prompt_tokens": prompt, "prompt_tokens_p95": prompt_p95,
+        "output_tokens": output, "output_tokens_p95": output_p95,
+    }  # fmt: skip
 
 
 def _spread_workload(workload: Workload) -> dict[str, Any]:
+    load = {"concurrency": workload.concurrency, "requests_per_s": workload.requests_per_s}
+    if trace := workload.trace:
+        nothing = dict.fromkeys(("prompt_tokens", "output_tokens", "shared_prefix_tokens", "turns"))
+        rate = None if trace.replayed else workload.requests_per_s
+        return {**nothing, **load, "requests_per_s": rate, "trace": Path(trace.file)}
     return {
-        "prompt_tokens": (workload.prompt_tokens, workload.prompt_tokens_p95), "output_tokens": workload.output_tokens,
-        "concurrency": workload.concurrency, "requests_per_s": workload.requests_per_s,
+        **load, "prompt_tokens": (workload.prompt_tokens, workload.prompt_tokens_p95),
+        "output_tokens": (workload.output_tokens, workload.output_tokens_p95),
+        "shared_prefix_tokens": workload.shared_prefix_tokens or None, "turns": workload.turns if workload.turns > 1 else None,
+        "trace": None,
     }  # fmt: skip
 
 
@@ -103,11 +124,23 @@ MODEL = Section(
     shorthand="source",
     gather=_gather_model,
 )
+DRAFT = replace(
+    MODEL,
+    keys=(
+        replace(MODEL.key("source"), about="a smaller model of the same tokenizer", example="models/tiny-lm-draft"),
+        MODEL.key("revision"),
+    ),
+)
 WORKLOAD = Section(
     Workload,
     (
-        Key("prompt_tokens", PromptKind(), "tokens of a prompt", default=(DEFAULT_WORKLOAD.prompt_tokens, None)),
-        Key("output_tokens", Whole(), "tokens generated for each request", default=DEFAULT_WORKLOAD.output_tokens),
+        Key("prompt_tokens", LengthKind(), "tokens of a prompt", default=(DEFAULT_WORKLOAD.prompt_tokens, None)),
+        Key(
+            "output_tokens",
+            LengthKind(),
+            "tokens generated for each request",
+            default=(DEFAULT_WORKLOAD.output_tokens, None),
+        ),
         Key("concurrency", Whole(most=4096), "requests served at once"),
         Key(
             "arrival_rate",
@@ -115,6 +148,22 @@ WORKLOAD = Section(
             "requests that arrive",
             attribute="requests_per_s",
             absent="back to back",
+        ),
+        Key(
+            "shared_prefix",
+            Whole(least=0),
+            "tokens that all prompts begin with, a part of prompt_tokens",
+            attribute="shared_prefix_tokens",
+            absent="none",
+            example="256",
+        ),
+        Key("turns", Whole(most=1000), "requests of a conversation, each with all before it in its prompt"),
+        Key(
+            "trace",
+            FilePath("the path of a trace: CSV or JSON lines with timestamp, prompt_tokens, output_tokens"),
+            "a file of requests, replayed at its times; with arrival_rate only its lengths are taken",
+            absent="none",
+            example="requests.csv",
         ),
     ),
     gather=_gather_workload,
@@ -126,7 +175,7 @@ QUALITY = Section(
         Key(
             "data",
             TEXT_FILE,
-            "held-out text that quality is measured on",
+            "held-out text that quality is measured on, or `bundled`",
             absent="text that ships with leanplan",
             example="heldout.txt",
         ),
@@ -138,7 +187,7 @@ CALIBRATION = Section(
         Key(
             "data",
             TEXT_FILE,
-            "text for calibration and recovery; must not overlap the held-out text",
+            "text for calibration and recovery, or `bundled`; must not overlap the held-out text",
             required=True,
             example="calib.txt",
         ),
@@ -162,6 +211,7 @@ SEARCH = Section(
             absent="by effort: " + ", ".join(f"{e} {units.format(s, 'time')}" for e, s in EFFORT_TIME_S.items())),
         Key("max_measured", Whole(most=100_000), "plans to measure at most", example="12",
             absent="by effort: " + ", ".join(f"{e} {n}" for e, n in EFFORT_MEASURED.items())),
+        Key("max_steps", Whole(most=100), "techniques that one plan may use at most", absent="any number", example="1"),
         Key("seed", Whole(least=0), "seed of every random choice"),
         Key("solver", Entry("solver", _solver_names), "how plans are proposed"),
     ),
@@ -227,7 +277,9 @@ SPEC = Section(
         Key("name", NAME, "what to call this in reports", absent="none", example="my-plan"),
         Key("goal", Choice(("serve",), refused=_LATER), "what the model is for"),
         Key("model", MODEL, "the model to fit", example="models/tiny-lm"),
-        Key("hardware", Text("local, or a name of `leanplan ls machines`"),
+        Key("draft", DRAFT, "a model that drafts for it, whose guesses it checks several at once",
+            absent="the folder NAME-draft beside the model's, if there is one"),
+        Key("hardware", Text("local, a machine file, or a name of `leanplan ls machines`"),
             "the machine; anything but local is predicted, not measured"),
         Key("workload", WORKLOAD, "what the model is asked to do"),
         Key("budgets", BudgetsKind(), "limits that must hold", default=BudgetsRead(), absent="none"),

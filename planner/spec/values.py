@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from knowledge_base.serde import UNSAID
 from knowledge_base.types import Budget, Workload
 
 DEFAULT_WORKLOAD = Workload(prompt_tokens=512, output_tokens=128)  # where a spec says nothing
@@ -43,11 +44,12 @@ EFFORT_MEASURED = {"quick": 10, "normal": 16, "thorough": 48}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchEffort:
-    """How long to search. A time limit or count left as None becomes that of the effort."""
+    """How long to search, and among how long plans. A time limit or count left as None becomes that of the effort."""
 
     effort: str = "normal"
     time_limit_s: float = None  # type: ignore[assignment]
     max_measured: int = None  # type: ignore[assignment]
+    max_steps: int | None = None
     seed: int = 0
     solver: str = "auto"
 
@@ -90,13 +92,15 @@ class Prices:
 class Spec:
     """A whole spec with every default filled in. Equal for the same spec from a file and from Python.
 
-    `folder` is absolute once read; `model.source` and `check.against` are told from it, text files are joined to it.
+    `folder` is absolute once read; `model.source`, `draft.source` and `check.against` are told from it, text files are joined
+    to it.
     """
 
     version: int = 1
     name: str | None = None
     goal: str = "serve"
     model: ModelRef
+    draft: ModelRef | None = field(default=None, metadata=UNSAID)
     hardware: str = "local"
     workload: Workload = DEFAULT_WORKLOAD
     budgets: tuple[Budget, ...] = ()

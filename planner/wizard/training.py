@@ -39,7 +39,11 @@ def needs(outlook: Outlook, goal: str) -> list[str]:
             f"  tokens that use the arithmetic best: {tokens / 1e9:,.2f} billion, {TOKENS_PER_PARAMETER} for each parameter "
             "[arXiv:2203.15556]",
         ]
-    return [*lines, "Plan the fine-tuned model as you would this one: it has the same shapes, so the same costs."]
+    return [
+        *lines,
+        "Plan the fine-tuned model as you would this one: it has the same shapes, so the same costs. Other methods, lengths "
+        "and several devices: leanplan estimate MODEL --finetune METHOD",
+    ]
 
 
 def _cost(outlook: Outlook, name: str, length: int, tokens: float) -> str:

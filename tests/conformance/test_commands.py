@@ -30,6 +30,7 @@ RUN = synthetic_answers.answer().run_id
 CASES: dict[str, tuple[str, ...]] = {
     "advise": ("advise shape --on h100-sxm",),
     "build": ("build plan.json -o built",),
+    "calibrate": ("calibrate --time-limit 15s --engine llama_cpp", "calibrate --forget"),
     "check": ("check --predict",),
     "clean": ("clean", "clean runs store --keep 0"),
     "compare": ("compare baseline recommended", "compare leanplan.lock recommended"),
@@ -39,6 +40,11 @@ CASES: dict[str, tuple[str, ...]] = {
         "estimate shape --on h200-sxm --step weight_int8 --compare weight_int4 --compare-on h100-sxm",
         "estimate shape --on h100-sxm --step weight_int4 --sweep batch=1..512",
         "estimate shape --on h100-sxm --step weight_int4 --roofline",
+        "estimate shape --on '4x h100-sxm' --engine vllm --weights fp8 --concurrency 32",
+        "estimate shape --on '4x h100-sxm' --engine vllm --sweep requests_per_s=0.5..1000",
+        "estimate shape --on '2x h100-sxm' --finetune qlora",
+        "estimate shape --on h100-sxm --finetune lora --compare full",
+        "estimate shape --on h100-sxm --finetune lora --sweep rank=1..16",
     ),
     "explain": (
         "explain",
@@ -47,22 +53,35 @@ CASES: dict[str, tuple[str, ...]] = {
         "explain --budget ttft",
         "explain gptq",
     ),
+    "export": tuple(f"export artefact --to {target} -o exported" for target in ("compose", "systemd", "vllm")),
     "graph": ("graph", "graph --about resource:memory"),
     "help": ("help", "help exit-codes", "help plan"),
     "init": ("init started --force", "init started --force --ci github"),
+    "load": (
+        "load artefact --duration 1s --warm-up 0.5s --time-limit 20s --requests-per-s 4 --output-tokens 4 --ttft-p50 20s --goodput 0.01",
+    ),
     "ls": tuple(f"ls {kind}" for kind in LISTS),
     "matrix": ("matrix",),
     "papers": ("papers --year 2023",),
-    "plan": ("plan --predict",),
+    "plan": ("plan --predict", "plan local.yaml --forecast"),
     "probe": ("probe",),
+    "replan": (f"replan {RUN} --budget 'tpot<=9 ms'",),
     "report": ("report", "report --format md"),
     "schema": tuple(f"schema --of {name}" for name in schemas.names()),
+    "serve": ("serve artefact --port 0 --check",),
     "show": (f"show {RUN}", "show recommended", "show weight_int8", "show llama_cpp", "show h100-sxm", "show ttft"),
-    "validate": ("validate",),
+    "validate": ("validate", "validate box.yaml"),
     "verify": ("verify artefact",),
 }
 every_command = pytest.mark.parametrize("name", commands.names())
-every_case = pytest.mark.parametrize("line", [line for lines in CASES.values() for line in lines])
+every_case = pytest.mark.parametrize(
+    "line",
+    [pytest.param(line, marks=pytest.mark.slow if "--time-limit" in line else ()) for lines in CASES.values() for line in lines],
+)  # fmt: skip
+runs_every_command = pytest.mark.parametrize(  # of which one measures for a minute
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("calibrate", "load") else ()) for name in commands.names()],
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +97,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Path:
     run = folder / "runs" / RUN
     replace(synthetic_answers.answer(), folder=f"runs/{RUN}").save(run)
     (run / "run.json").write_text(json.dumps({"schema": 1, "fingerprint": "0", "title": "serve-toy"}))
+    (run / "spec.yaml").write_text(
+        "model: toy\nworkload: {prompt_tokens: 128, output_tokens: 64, concurrency: 4}\nobjectives: [tpot_p50]\n"
+    )
     make_tiny_model(folder / "model")
+    (folder / "box.yaml").write_text("devices: [{like: rtx-4090, count: 2}]\n")
+    (folder / "local.yaml").write_text(
+        "model: model\nworkload: {prompt_tokens: 16, output_tokens: 4}\nobjectives: [tpot_p50]\n"
+    )
     digest = read_model(str(folder / "model")).model.digest
     plan = Plan(model_digest=digest, engine="transformers")
     write_recipe(folder, Recipe(plan=plan, model="model", model_digest=digest))
@@ -91,7 +117,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Path:
 @pytest.fixture
 def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(prepared)
-    shutil.rmtree(prepared / "built", ignore_errors=True)
+    for made in ("built", "exported"):
+        shutil.rmtree(prepared / made, ignore_errors=True)
     return prepared
 
 
@@ -127,7 +154,7 @@ def test_what_is_printed_is_as_published(line: str, place: Path, capsys: pytest.
         assert problems(argv[0], {**data, "one more": 1})
 
 
-@every_command
+@runs_every_command
 def test_every_kind_of_data_a_schema_allows_is_printed(
     name: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +254,9 @@ def test_quiet_says_nothing_but_data(line: str, place: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("line", ["plan --predict", "clean runs --keep 0", "init started --force"])
 def test_talk_and_progress_are_on_stderr(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if line.startswith("init"):
+        main(shlex.split(line))  # what is there already is told otherwise
+        capsys.readouterr()
     main(shlex.split(line))
     talking = capsys.readouterr()
     assert talking.err
@@ -242,18 +272,16 @@ def test_talk_and_progress_are_on_stderr(line: str, place: Path, capsys: pytest.
 
 def test_only_the_wizard_asks() -> None:
     """And it starts only at a terminal without --no-input: tests/e2e/test_wizard_pty.py."""
-    asking = {"input", "getpass", "ask"}
+    asking = {"input", "getpass", "getpass.getpass", "Prompt.ask", "IntPrompt.ask", "FloatPrompt.ask", "Confirm.ask"}
     found = set()
     for path in sorted((ROOT / "planner").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
-                if called in asking:
-                    found.add(path.relative_to(ROOT / "planner").parts[0])
+            if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("rich.prompt.") in asking:
+                found.add(path.relative_to(ROOT / "planner").parts[0])
     assert found == {"wizard"}
 
 
-@every_command
+@runs_every_command
 def test_without_arguments_nothing_is_asked_and_what_is_missing_is_named(
     name: str, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from knowledge_base.types import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
+WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".data")
 FEATURES = {"kv:8": {"kv_bits": 8}, "kv:4": {"kv_bits": 4}, "lookup": {"lookup_tokens": 4}, "threads": {"threads": 1},
             "batch": {"batch": 2}}  # fmt: skip
 
@@ -54,6 +55,10 @@ def engine(request):
     module = engines.get(request.param)
     if why := module.find():
         pytest.skip(why)
+    if module.ENGINE.environment is not None:
+        pytest.skip(
+            "it runs in an environment of its own, through a candidate process: tests/unit/test_environments.py"
+        )
     return module
 
 
@@ -152,7 +157,7 @@ def test_memory_counts_what_is_stored(oracle, artefact, prompts, open_with):
     running = open_with()
     running.generate(prompts[:1], NEW_TOKENS)
     memory = running.memory()
-    files = sum(f.stat().st_size for f in artefact.iterdir() if f.suffix in (".safetensors", ".gguf"))
+    files = sum(f.stat().st_size for f in artefact.iterdir() if f.suffix in WEIGHT_FILES)
     assert memory["weights_bytes"] == pytest.approx(files, rel=0.02, abs=256 * 1024)  # headers, GGUF's vocabulary
     config = oracle.model.config
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -200,7 +205,7 @@ def test_refuses_an_empty_folder(engine, tmp_path):
 def test_refuses_a_truncated_file(engine, artefact, tmp_path):
     for file in artefact.iterdir():
         data = file.read_bytes()
-        cut = file.suffix in (".safetensors", ".gguf")
+        cut = file.suffix in WEIGHT_FILES
         (tmp_path / file.name).write_bytes(data[: len(data) // 2] if cut else data)
     with pytest.raises(LeanplanError):
         engine.open_artefact(tmp_path, {})

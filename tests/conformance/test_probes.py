@@ -252,8 +252,12 @@ def test_machines_are_found_by_name_and_file(quick: list[str], tmp_path: Path) -
     assert machine.find(known, tmp_path).name == known
     with pytest.raises(BadInput, match="unknown machine"):
         machine.find("no-such-machine", tmp_path)
-    with pytest.raises(BadInput, match="not a machine profile"):
+    with pytest.raises(BadInput, match="not found"):
         machine.find(str(tmp_path / "absent.json"), tmp_path)
+    stale = tmp_path / "stale.json"
+    stale.write_text(json.dumps({"schema": 99, "hardware": {}}))
+    with pytest.raises(BadInput, match="not a machine profile of this version"):
+        machine.find(str(stale), tmp_path)
 
 
 # ---------------------------------------------------------------- the commands

@@ -6,13 +6,16 @@ around it (an earlier step, an engine) is asked of the knowledge base, never wri
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
 import json
 import math
+import random
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy
 import pytest
@@ -23,11 +26,12 @@ from tiny_sessions import session_of, tiny_folder
 import cost_models
 from cost_models.demand import apply_steps, demand_of
 from knowledge_base import rules
-from knowledge_base.errors import CandidateFailed
+from knowledge_base.errors import CandidateFailed, NoFeasiblePlan
 from knowledge_base.metrics import METRICS
 from knowledge_base.registry import engines, techniques
 from knowledge_base.serde import plain, restore
 from knowledge_base.types import STAGES, Evidence, Plan, Step
+from planner.isolation.worker import asked_of
 from planner.reading import read_model
 
 # Predictions are judged on a model of a billion parameters: on the toy one starting operators outweighs reading bytes.
@@ -40,6 +44,7 @@ ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral", "mixtral", "mamba")
 TECHNIQUES = techniques.all()
 NAMES = tuple(TECHNIQUES)
 NEW_TOKENS = 12
+PAIRS = 150  # of techniques that may stand together, tried for real
 
 
 def settings(name: str) -> list[Step]:
@@ -186,6 +191,7 @@ def test_predictions_move_as_declared(step):
             worse.add(name)
     assert better & set(technique.saves) or not technique.saves, f"improves {better}, worsens {worse}"
     # Whoever spends perplexity spends quality and the other way round; derived figures follow what they derive from.
+    worse -= {"requests_per_s"} if "throughput_tokens_per_s" in technique.spends else set()
     assert not worse - set(technique.spends), f"declares spending only {technique.spends}"
 
 
@@ -203,17 +209,28 @@ def open_session(architecture: str):
 
 
 def run(session, steps: tuple[Step, ...]) -> None:
-    for step in steps:
-        if "average_bits" in step.knobs:
-            session.allocation = allocation(session, step.knobs["average_bits"])
+    for number, step in enumerate(steps):
+        if hasattr(TECHNIQUES[step.technique], "options"):
+            session.allocation = {**(session.allocation or {}), **chosen(session, steps[: number + 1])}
         TECHNIQUES[step.technique].execute(session, **step.knobs)
 
 
-def allocation(session, average_bits: float) -> dict[str, int]:
-    from knowledge_base.techniques._sensitivity import measure_sensitivities
-    from search.allocation import allocate_bits
+_CHOSEN: dict[tuple, dict[str, str]] = {}  # what was measured is given: times differ, what is made of them must not
 
-    return dict(allocate_bits(measure_sensitivities(session), average_bits=average_bits).bits)
+
+def chosen(session, steps: tuple[Step, ...]) -> dict[str, str]:
+    """What the last of the steps executes, chosen as the planner does."""
+    from search.allocation import allocate
+
+    key, technique = (session.facts.digest, steps), TECHNIQUES[steps[-1].technique]
+    try:
+        if key not in _CHOSEN:
+            measured = technique.options(session, time_limit_s=60.0, **asked_of(steps[-1]))
+            budgets = technique.budgets(measured, **steps[-1].knobs)
+            _CHOSEN[key] = dict(allocate(measured["parts"], budgets, ties=measured.get("ties", ())).chosen)
+    except NoFeasiblePlan as error:
+        raise CandidateFailed("unsupported", error.message, hint=error.hint) from error
+    return _CHOSEN[key]
 
 
 def tokens() -> list[int]:
@@ -227,8 +244,16 @@ def log_probs_of(model) -> numpy.ndarray:
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of the files that hold weights: all but tokenizer and JSON."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf", ".bin"))
+    """Bytes of all tensors in an artefact, without headers and tokenizer."""
+    from gguf import GGUFReader
+
+    from planner._safetensors_header import read_header
+
+    plain = sum(t.stop - t.start for file in folder.rglob("*.safetensors") for t in read_header(file).values())
+    for file in folder.rglob("openvino_model.xml"):  # equal tensors, all zero or one, are in the .bin once
+        plain += sum(int(data.get("size", 0)) for data in ElementTree.parse(file).iter("data"))
+    plain += sum(file.stat().st_size for file in folder.rglob("*.onnx.data"))  # nothing but tensors either
+    return plain + sum(int(t.n_bytes) for file in folder.rglob("*.gguf") for t in GGUFReader(file).tensors)
 
 
 @cache
@@ -249,13 +274,17 @@ def unchanged(architecture: str, engine_name: str, steps: tuple[Step, ...] = ())
 
 
 def claims(architecture: str) -> list:
-    """The lowest setting of each technique, which is the cheapest to do; of the first architecture also the default."""
+    """The lowest setting of each technique, which is the cheapest to do; of the first architecture also the default.
+
+    Each technique meets the first architecture and one more in every run, the others where there is time.
+    """
     params = []
-    for name in NAMES:
+    for number, name in enumerate(NAMES):
         lowest = Step(name, {k: c.options[0] for k, c in TECHNIQUES[name].TECHNIQUE.knobs.items()})
         chosen = (lowest, settings(name)[0]) if architecture == ARCHITECTURES[0] else (lowest,)
+        often = (ARCHITECTURES[0], ARCHITECTURES[1 + number % (len(ARCHITECTURES) - 1)])
+        slow = "compile" in TECHNIQUES[name].TECHNIQUE.needs or architecture not in often
         for step in dict.fromkeys(chosen):
-            slow = "compile" in TECHNIQUES[name].TECHNIQUE.needs
             marks = [pytest.mark.slow] if slow else []
             params.append(pytest.param(architecture, step, id=f"{architecture}-{step}", marks=marks))
     return params
@@ -302,7 +331,7 @@ def test_executed_on_a_real_model(architecture, step, tmp_path):
     if session.storage:
         assert difference < 0.5  # the engine rounds while it stores
     elif technique.stage == "serve" and not technique.lossless:
-        assert difference < 0.05
+        assert difference < 0.2  # half of the neurons of a model that learnt nothing: 0.13
     else:
         assert numpy.abs(now - then).max() < 1e-3 + getattr(engine, "LOG_PROB_TOLERANCE", 0.0)
     assert all(len(row) == NEW_TOKENS for row in generation.tokens)
@@ -310,14 +339,96 @@ def test_executed_on_a_real_model(architecture, step, tmp_path):
     # What was claimed is there.
     demand = apply_steps(demand_of(facts, TOY_WORKLOAD, name), (*steps, step))
     stored = file_bytes(tmp_path)
-    claimed = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
+    claimed = (
+        demand.linear_bytes * demand.disk_share + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
+    )
     found = {"artefact_bytes": stored, **memory}
     for metric in ("artefact_bytes", "weights_bytes", "kv_cache_bytes"):
         if metric in technique.saves and base[metric]:
             assert found[metric] < base[metric], metric
     if "artefact_bytes" in technique.saves:
-        assert stored == pytest.approx(claimed, rel=0.05)
+        assert stored == pytest.approx(claimed, rel=0.02)
     if technique.lossless:
         again = open_session(architecture)
         run(again, steps)
         assert numpy.abs(log_probs_of(again.model) - then).max() < 1e-2
+
+
+# ---------------------------------------------------------------- again, and beside others
+
+
+def files_of(architecture: str, engine, steps: tuple[Step, ...], folder: Path) -> dict[str, str]:
+    """Build the steps on a fresh session; return the digest of every file that holds weights."""
+    session = open_session(architecture)
+    run(session, steps)
+    engine.export(session, folder)
+    weights = (p for p in folder.rglob("*") if p.suffix in (".safetensors", ".gguf", ".bin", ".data"))
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in weights}
+
+
+def lowest(name: str) -> Step:
+    return Step(name, {k: c.options[0] for k, c in TECHNIQUES[name].TECHNIQUE.knobs.items()})
+
+
+BUILDING = [n for n in NAMES if TECHNIQUES[n].TECHNIQUE.stage != "serve"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDING)
+def test_one_seed_gives_one_artefact(name, tmp_path):
+    step = lowest(name)
+    engine = engine_for(step)
+    facts = open_session("llama").facts
+    if why := engine.find() or legal(step, facts):
+        pytest.skip(why)
+    if step.knobs.get("speedup"):
+        pytest.skip("what it removes follows measured times, which differ from one build to the next")
+    steps = (*before(name), step)
+    first, second = (files_of("llama", engine, steps, tmp_path / n) for n in "ab")
+    assert first
+    assert first == second
+
+
+def legal_pairs() -> list:
+    """Every two techniques the knowledge base lets stand together on an engine; a sample, always the same."""
+    pairs = []
+    for a, b in itertools.combinations(NAMES, 2):
+        steps = [lowest(a), lowest(b)]
+        needs = TECHNIQUES[a].TECHNIQUE.needs | TECHNIQUES[b].TECHNIQUE.needs
+        same = TECHNIQUES[a].TECHNIQUE.family == TECHNIQUES[b].TECHNIQUE.family
+        if same or "compile" in needs or rules.conflict(steps) or rules.missing(steps):
+            continue
+        here = sorted(name for name in engines.names() if engines.get(name).ENGINE.environment is None)
+        pairs += [(name, a, b) for name in here if needs <= engines.get(name).ENGINE.offers][-1:]
+    return random.Random(0).sample(pairs, min(len(pairs), PAIRS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "a", "b"), [pytest.param(*p, id="-".join(p)) for p in legal_pairs()])
+def test_what_may_stand_together_does(engine, a, b, tmp_path):
+    module = engines.get(engine)
+    session = open_session("llama")
+    steps = rules.order([lowest(a), lowest(b)])
+    if why := module.find() or next((w for s in steps if (w := legal(s, session.facts))), None):
+        pytest.skip(why)
+    try:
+        run(session, steps)
+    except CandidateFailed as failed:
+        assert failed.kind == "unsupported", failed
+        pytest.skip(failed.message)
+    now = log_probs_of(session.model)
+    module.export(session, tmp_path)
+    running = module.open_artefact(tmp_path, session.runtime)
+    try:
+        then = running.log_probs(tokens())
+    finally:
+        running.close()
+    assert numpy.isfinite(then).all()
+    assert float((numpy.exp(now) * (now - then)).sum(-1).mean()) < 0.5
+    if any(step.knobs.get("speedup") for step in steps):
+        return  # how many weights go is told by measured times
+    demand = apply_steps(demand_of(session.facts, TOY_WORKLOAD, engine), steps)
+    claimed = (
+        demand.linear_bytes * demand.disk_share + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
+    )
+    assert file_bytes(tmp_path) == pytest.approx(claimed, rel=0.05)

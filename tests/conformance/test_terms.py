@@ -48,7 +48,7 @@ PLANS = tuple(
     for steps in (
         (),
         (Step("weight_dtype", {"dtype": "bfloat16"}),),
-        (Step("drop_layers", {"count": 2}), Step("batch_size", {"count": 4})),
+        (Step("drop_layers", {"count": 2, "by": "influence"}), Step("batch_size", {"count": 4})),
         (Step("prompt_lookup", {"tokens": 4}), Step("thread_count", {"count": 1})),
     )
 )

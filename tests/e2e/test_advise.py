@@ -119,14 +119,13 @@ def test_methods_nobody_executes_here_are_told_with_what_was_published(tmp_path:
     assert "cannot execute yet" in advise(*shape(tmp_path), "--budget", "peak_memory<=9 GiB", cwd=tmp_path).stdout
 
 
-def test_what_shares_a_machine_is_for_many_requests_and_what_spills_from_it_for_scarce_memory(tmp_path: Path) -> None:
+def test_what_shares_a_machine_is_for_many_requests(tmp_path: Path) -> None:
     def known(*argv: str) -> set[str]:
         return {method["id"] for method in as_json(*shape(tmp_path), *argv, cwd=tmp_path)["known"]}
 
     alone, many = known(), known("--concurrency", "32", "--budget", "throughput>=3000 tokens/s")
     assert "continuous_batching" in many - alone
     assert "flexgen" not in alone | many
-    assert "offloading" in known("--budget", "peak_memory<=9 GiB")
 
 
 def test_a_least_value_is_asked_for_and_limits_nobody_wrote_are_told(tmp_path: Path) -> None:
@@ -139,13 +138,9 @@ def test_a_least_value_is_asked_for_and_limits_nobody_wrote_are_told(tmp_path: P
 def test_a_figure_that_speaks_for_a_step_is_of_its_own_setting(tmp_path: Path) -> None:
     told = advise(*shape(tmp_path), cwd=tmp_path).stdout
     cited = {line.strip().partition(":")[0]: line for line in told.splitlines() if "published figures, e.g." in line}
-    assert (
-        "e.g. int8 by row, weight-only, Llama-3.1-8B: WikiText word perplexity 7.3315 -> 7.3451" in cited["weight_int8"]
-    )
+    assert "e.g. 4 bits, torchao int4wo-hqq, Llama-3-8B-Instruct" in cited["weight_hqq"]
     assert "e.g. 4 bits, groups of 128, Llama-2-7B" in cited["weight_gptq"], "its own settings, the nearest size"
-    assert "needs a small model to score the words" in told and "none:" not in told, (
-        "what is needed, not that nothing is"
-    )
+    assert "needs calibration" in told and "none:" not in told, "what is needed, not that nothing is"
 
 
 def test_what_hides_behind_another_is_told_with_it(tmp_path: Path) -> None:
@@ -162,11 +157,11 @@ def test_json_is_asked_for_in_either_way(tmp_path: Path) -> None:
 
 
 def test_where_nothing_fits_the_tightest_limits_are_told(tmp_path: Path) -> None:
-    found = as_json(*shape(tmp_path), "--budget", "peak_memory<=3 GiB", cwd=tmp_path)
+    found = as_json(*shape(tmp_path), "--budget", "peak_memory<=256 MiB", cwd=tmp_path)
     assert found["best"] == {}
     assert "peak_memory" in found["tightest"]
     assert all(remedy["unmet"] for remedy in found["remedies"])
-    told = advise(*shape(tmp_path), "--budget", "peak_memory<=3 GiB", cwd=tmp_path).stdout
+    told = advise(*shape(tmp_path), "--budget", "peak_memory<=256 MiB", cwd=tmp_path).stdout
     assert f"peak_memory could be {found['tightest']['peak_memory']} at best" in told
     kept = as_json(*shape(tmp_path), "--budget", f"peak_memory<={found['tightest']['peak_memory']}", cwd=tmp_path)
     assert kept["best"], "the limit that was offered can be kept"
@@ -187,7 +182,7 @@ def test_where_nothing_fits_the_tightest_limits_are_told(tmp_path: Path) -> None
         ((str(TINY), "--on", "h100-sx"), 2, "did you mean"),
         ((str(TINY), "--prompt-tokens", "0"), 2, "prompt_tokens"),
         ((str(TINY), "--prompt-tokens", "100000"), 2, "context"),
-        ((str(TINY), "--on", "no.json"), 2, "not a machine profile"),
+        ((str(TINY), "--on", "no.json"), 2, "not found"),
     ],
 )
 def test_what_cannot_be_advised_on_is_told_with_a_next_step(

@@ -182,8 +182,14 @@ def test_a_baseline_that_does_not_run_is_told(place: Path) -> None:
     (place / "small.yaml").write_text(GOOD + WORKLOAD + "limits: {memory: 32 MiB}\nengines: [transformers]\n")
     done = leanplan("plan", "small.yaml", cwd=place)
     assert done.returncode == 4, done.stderr
+    assert "limits.memory and this machine allow 32 MiB" in done.stderr  # by its forecast, before any work
+    (place / "hasty.yaml").write_text(
+        GOOD + WORKLOAD + "limits: {time_per_candidate: 100 ms}\nengines: [transformers]\n"
+    )
+    done = leanplan("plan", "hasty.yaml", cwd=place)
+    assert done.returncode == 4, done.stderr
     assert "does not run here" in done.stderr
-    assert "oom_host" in done.stderr
+    assert "timeout" in done.stderr
 
 
 @pytest.mark.row(58)

@@ -57,6 +57,9 @@ def execute(session):
 '''
 
 
+OTHERS = ("openvino", "onnxruntime")  # engines that would do what is to fail
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Path:
     """A folder with a tiny model, and a store that knows this machine."""
@@ -72,12 +75,13 @@ def result_of(place: Path) -> dict:
 
 
 @pytest.mark.row(54, 43, 15)
+@pytest.mark.slow
 def test_a_plan_whose_quality_collapses_is_shown_and_never_chosen(place: Path, tmp_path: Path) -> None:
     """With a technique that zeroes every weight, on an installation without llama.cpp."""
     house = house_with(tmp_path / "house", zeroed=ZEROED)
     spec = SPEC + "techniques: {only: [zeroed]}\n"
     (place / "zeroed.yaml").write_text(spec)
-    without = libraries(tmp_path / "libraries", without=("xllamacpp",))
+    without = libraries(tmp_path / "libraries", without=("xllamacpp", *OTHERS))
     runs = ("--run-dir", str(tmp_path / "runs"))
     done = leanplan("plan", "zeroed.yaml", *runs, cwd=place, house=house, libraries=without)
     assert done.returncode == 0, done.stderr
@@ -98,10 +102,11 @@ def test_a_plan_whose_quality_collapses_is_shown_and_never_chosen(place: Path, t
 
 @pytest.mark.row(55, 44)
 @pytest.mark.promise("P3", "P12")
+@pytest.mark.slow
 def test_when_every_candidate_fails_the_causes_are_grouped(place: Path, tmp_path: Path) -> None:
     """With a gguf package that cannot be imported: the unchanged model runs in torch, every candidate needs gguf."""
     (place / "gguf.yaml").write_text(SPEC + "techniques: {only: [weight_gguf]}\n")
-    broken = libraries(tmp_path / "libraries")
+    broken = libraries(tmp_path / "libraries", without=OTHERS)
     (copied(broken, "gguf") / "__init__.py").write_text(
         "raise ImportError('libgguf.so: undefined symbol: ggml_init')\n"
     )

@@ -65,6 +65,7 @@ def answer(name: str = "toy") -> ParetoSet:
         budgets=BUDGETS, objectives=OBJECTIVES, results=tuple(results), recommended_id=best.plan.id if best else None,
         rejected=(Rejection(what="weight_int8", why="left out by the spec", kind="rule"), Rejection(what="priced plans", why="predicted beyond peak_memory", kind="predicted", count=12)),
         sentence=answering.sentence(best, results, OBJECTIVES, measured=True),
+        forecast=synthetic_answers.forecast(),
         prediction_errors={"tpot_s": {"n": 3.0, "median_abs_ratio": 0.12, "worst_abs_ratio": 0.4, "coverage": 0.67}},
     )  # fmt: skip
 

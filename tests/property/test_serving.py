@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
@@ -17,16 +18,19 @@ from cost_models.serving import (
     cache_bytes,
     deployment,
     experts_read,
+    guarded_memory,
+    hardware_kind,
     law_of,
     mean_tpot_s,
     predict,
     running,
     shipped,
     spread,
+    vector_rate,
 )
 
 FAMILIES = sorted({family for family, _, _ in shipped()})
-TAGS = ("16", "4", "fp8 moe", "data centre", "consumer", "Apple")
+TAGS = ("16", "4", "fp8 moe", "data centre", "consumer", "no matrix units", "Apple", "before 2024-07")
 TIMES = ("tpot", "ttft", "request")
 SLACK = 1 + 1e-9
 
@@ -113,6 +117,39 @@ def test_every_family_has_every_coefficient_and_an_interval(quantity: str, famil
     law = law_of(shipped(), [family], [frozenset()])
     assert set(law) == set(COEFFICIENTS)
     assert all(np.isfinite(v) and v > 0 for v in law.values())
+
+
+@given(
+    family=st.sampled_from((*FAMILIES, "never seen")),
+    memory=st.floats(1e8, 1e13),
+    more=st.floats(0, 1e12),
+    devices=st.integers(1, 8),
+)
+def test_what_is_to_fit_is_more_than_what_is_predicted_and_grows_with_it(
+    family: str, memory: float, more: float, devices: int
+) -> None:
+    guarded = guarded_memory(shipped(), family, memory, devices)
+    assert guarded > memory
+    assert guarded_memory(shipped(), family, memory + more, devices) >= guarded
+    assert guarded_memory(shipped(), family, memory, devices + 1) > guarded
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "kind", "lanes"),
+    [
+        ("gtx-1050-ti", {"cuda", "sm_61"}, "no matrix units", 1), ("p40", {"cuda", "sm_61"}, "no matrix units", 1),
+        ("rtx-2080-ti", {"cuda", "sm_75"}, "consumer", 2), ("NVIDIA GeForce RTX 4090", {"cuda", "sm_89"}, "consumer", 1),
+        ("rtx-4000-ada", {"cuda", "sm_89"}, "data centre", 1), ("RTX 6000 Ada", {"cuda", "sm_89"}, "data centre", 1),
+        ("a100-sxm", {"cuda", "sm_80"}, "data centre", 2), ("h100-sxm", {"cuda", "sm_90"}, "data centre", 1),
+        ("gb10", {"cuda", "sm_121"}, "shared memory", 1), ("rx-7900-xtx", {"rocm"}, "AMD", 1),
+        ("apple-m2", {"metal"}, "Apple", 1), ("epyc-9554", {"published", "avx512"}, "cpu", 1),
+    ],
+)  # fmt: skip
+def test_devices_are_told_apart_by_generation_as_well_as_by_name(
+    name: str, features: set[str], kind: str, lanes: int
+) -> None:
+    assert hardware_kind(name, features) == kind
+    assert vector_rate(1e12, features) == lanes * 1e12
 
 
 def test_a_plans_demand_becomes_a_deployment_with_the_same_weights_and_cache() -> None:

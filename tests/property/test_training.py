@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL
 
 from cost_models.distributed import (
+    GATHERED_LAYERS,
     Cluster,
     Layout,
     Link,
@@ -20,11 +21,13 @@ from cost_models.distributed import (
     all_to_all,
     bubble_ratio,
     distributed_cost,
+    distributed_time,
     pipeline_s,
     place_layers,
     rank_memory,
     reduce_scatter,
     step_traffic,
+    unequal_pipeline,
 )
 from cost_models.training import (
     BASE_BITS,
@@ -130,6 +133,67 @@ def test_every_saver_saves(model: Model, setup: TrainingSetup) -> None:
     )
 
 
+@given(model=models(), setup=setups(), rank=st.integers(1, 32))
+def test_adapters_never_take_more_than_training_everything(model: Model, setup: TrainingSetup, rank: int) -> None:
+    common = replace(setup, base_format=None, rank=rank, fused_optimiser=False, adapter_dtype="bfloat16", adapter_dropout=False)  # fmt: skip
+    whole = training_memory(model, replace(common, method="full", optimiser="adamw", weight_dtype="bfloat16"))
+    for method in (
+        "lora",
+        "bias",
+        "norm",
+    ):  # prompts lengthen what is read and scales keep what they scale: they may take more
+        thin = replace(common, method=method, optimiser="adamw", weight_dtype="bfloat16")
+        kept = (
+            2 * thin.tokens * model.layers * rank * len(thin.targets)
+        )  # of the thin products, which full training lacks
+        assert training_memory(model, thin).total.mid <= whole.total.mid + kept * (1 + LOST_RATIO)
+    packed = replace(common, method="qlora", base_format="nf4", weight_dtype="bfloat16")
+    assert (
+        training_memory(model, packed).parts["weights"].mid
+        <= training_memory(model, replace(packed, method="lora", base_format=None)).parts["weights"].mid
+    )
+
+
+@given(model=models(), setup=setups(), devices=st.sampled_from((1, 2, 4, 8)), stage_of_zero=st.integers(0, 3))
+def test_more_devices_never_take_more_memory_of_each(
+    model: Model, setup: TrainingSetup, devices: int, stage_of_zero: int
+) -> None:
+    few, many = (
+        rank_memory(model, setup, Layout(data=n, zero_stage=stage_of_zero)).total.mid for n in (devices, 2 * devices)
+    )
+    gathered = GATHERED_LAYERS / model.layers if stage_of_zero == 3 else 0  # a rank gathers what others now hold
+    assert many <= few * (1 + 1e-9) or gathered >= 1 / 2
+
+
+@given(model=models(), setup=setups())
+def test_recomputing_takes_time_and_is_told(model: Model, setup: TrainingSetup) -> None:
+    without, with_it = (training_time(model, replace(setup, checkpointing=c), TOY_MACHINE) for c in (False, True))
+    assert with_it.step.mid >= without.step.mid * (1 - 1e-9)
+    assert without.parts["recomputation"] == 0
+    assert (with_it.parts["recomputation"] > 0) == (setup.method != "mezo")
+
+
+@given(
+    model=models(), setup=setups(), speeds=st.lists(st.floats(0.5, 4), min_size=1, max_size=3), micro=st.integers(1, 6),
+)  # fmt: skip
+def test_a_pipeline_of_unequal_machines_holds_every_layer(
+    model: Model, setup: TrainingSetup, speeds: list[float], micro: int
+) -> None:
+    assume(not setup.fused_optimiser and setup.method != "lomo")
+    setup = replace(setup, gradient_accumulation=micro)
+    device = TOY_MACHINE.device
+    machines = [
+        replace(TOY_MACHINE, devices=(replace(device, flop_per_s={n: r * speed for n, r in device.flop_per_s.items()}, memory_bytes=2**50),))
+        for speed in speeds
+    ]  # fmt: skip
+    run = unequal_pipeline(model, setup, machines, LINK, tokens=1e6)
+    assert sum(stage.layers for stage in run.stages) == model.layers
+    assert sum(run.time.parts.values()) == pytest.approx(run.time.step.mid)
+    if len(machines) == 1:
+        assert run.time.step.mid == pytest.approx(training_time(model, setup, machines[0]).step.mid)
+        assert not run.traffic
+
+
 @given(model=models(), factor=st.floats(1, 10))
 def test_a_faster_machine_is_never_slower(model: Model, factor: float) -> None:
     device = TOY_MACHINE.device
@@ -177,6 +241,21 @@ def test_one_device_sends_nothing(model: Model, setup: TrainingSetup) -> None:
     assert one.cost.cost_usd.mid == pytest.approx(alone.cost_usd.mid)
 
 
+@given(model=models(), setup=setups(), tensor=st.sampled_from((1, 2, 4)), pipeline=st.sampled_from((1, 2)))
+def test_a_step_over_ranks_is_one_devices_work_divided(
+    model: Model, setup: TrainingSetup, tensor: int, pipeline: int
+) -> None:
+    layout = Layout(tensor=tensor, pipeline=pipeline)
+    alone = training_time(model, setup, TOY_MACHINE).parts
+    time = distributed_time(model, setup, TOY_MACHINE, layout, step_traffic(model, setup, layout, CLUSTER), tokens=1e6)
+    for name in ("compute", "recomputation", "optimiser"):
+        assert time.parts[name] == pytest.approx(alone[name] / layout.ranks)
+    busy = sum(time.parts[name] for name in ("compute", "recomputation", "unpacking", "launches"))
+    idle = time.parts["bubbles"] / (busy + time.parts["bubbles"])
+    assert idle == pytest.approx((pipeline - 1) / (setup.gradient_accumulation + pipeline - 1))
+    assert sum(time.parts.values()) == pytest.approx(time.step.mid)
+
+
 @given(size=st.floats(1, 1e12), ranks=st.integers(1, 4096))
 def test_collectives_are_their_formulas(size: float, ranks: int) -> None:
     share = (ranks - 1) / ranks
@@ -203,6 +282,7 @@ def test_traffic_grows_with_ranks_and_falls_with_bandwidth(model: Model, setup: 
 def test_bubbles_vanish_with_many_micro_batches(stages: int, micro: int) -> None:
     here = bubble_ratio(stages, micro)
     assert 0 <= here < 1
+    assert here == (stages - 1) / (micro + stages - 1)
     assert bubble_ratio(stages, 1000 * micro) <= here / 2 if stages > 1 and micro >= stages else here >= 0
     assert (here == 0) == (stages == 1)
     # equal stages: the idle share is what the pipeline's time has beyond its work

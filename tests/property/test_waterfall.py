@@ -126,12 +126,13 @@ def test_layers_are_split_where_the_shape_tells_and_not_elsewhere() -> None:
 def test_what_binds_follows_the_machine() -> None:
     """A machine that reads for nothing is bound by arithmetic, one that computes for nothing by reading."""
     device = TOY_MACHINE.devices[0]
+    alone = replace(TOY_WORKLOAD, concurrency=1)
     bounds = {}
     for name, faster in {
         "arithmetic-bound": replace(device, memory_bytes_per_s=1e18),
         "read-bound": replace(device, flop_per_s=dict.fromkeys(device.flop_per_s, 1e21)),
     }.items():
-        fall = waterfall(priced(machine=replace(TOY_MACHINE, devices=(faster,))))
+        fall = waterfall(priced(machine=replace(TOY_MACHINE, devices=(faster,)), workload=alone))
         bounds[name] = {p["bound"] for p in (*fall["prefill"], *fall["decode"]) if p["name"] != "engine overhead"}
         assert [p["bound"] for p in fall["decode"] if p["name"] == "engine overhead"] == ["host-bound"]
     assert bounds == {name: {name} for name in bounds}

@@ -38,6 +38,7 @@ SHAPES = (
     (r"llama.?2.70b", 80, 8192, 64, 8, 128, 28672, 32000, False),
     (r"mistral.7b", 32, 4096, 32, 8, 128, 14336, 32768, False),
     (r"qwen2\.5.(coder.)?7b", 28, 3584, 28, 4, 128, 18944, 152064, False),
+    (r"phi.4 14b", 40, 5120, 40, 10, 128, 17920, 100352, False),
     (r"qwen2\.5.(coder.)?14b", 48, 5120, 40, 8, 128, 13824, 152064, False),
 )
 # hardware pattern (one device only) -> catalogue name
@@ -45,7 +46,7 @@ DEVICES = (
     (r"A100 SXM 80", "a100-sxm"), (r"A100 PCIe 80", "a100-pcie"), (r"H100 PCIe", "h100-pcie"), (r"L40S", "l40s"), (r"\bA40\b", "a40"),
     (r"A6000", "rtx-a6000"), (r"6000 Ada", "rtx-6000-ada"), (r"5000 Ada", "rtx-5000-ada"), (r"4000 Ada", "rtx-4000-ada"),
     (r"5090", "rtx-5090"), (r"5080", "rtx-5080"), (r"5070 Ti", "rtx-5070-ti"), (r"5070", "rtx-5070"), (r"4090", "rtx-4090"),
-    (r"4080", "rtx-4080"), (r"4070 Ti", "rtx-4070-ti"), (r"4070", "rtx-4070"), (r"3090 Ti", "rtx-3090-ti"), (r"3090", "rtx-3090"),
+    (r"4080", "rtx-4080"), (r"4070 Ti(?! Super)", "rtx-4070-ti"), (r"4070 Ti Super", "rtx-4070-ti-super"), (r"4070", "rtx-4070"), (r"3090 Ti", "rtx-3090-ti"), (r"3090", "rtx-3090"),
     (r"3080 Ti", "rtx-3080-ti"), (r"3080 10GB", "rtx-3080"), (r"3070", "rtx-3070"), (r"3060 12GB", "rtx-3060-12gb"),
     (r"7900 XTX", "rx-7900-xtx"), (r"M2 Ultra", "apple-m2-ultra:192GB"), (r"M3 Max", "apple-m3-max:64GB"), (r"M1 Max", "apple-m1-max:64GB"),
 )  # fmt: skip

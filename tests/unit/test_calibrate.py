@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from cost_models import calibrate
-from cost_models.calibration import Calibration
+from cost_models.calibration import Calibration, softened, unsoftened
 from cost_models.error_report import as_text, error_report
 from cost_models.predict import Z, estimate, estimate_many
 from knowledge_base.serde import plain, restore
@@ -28,7 +30,11 @@ PLANS = [
     Plan(model_digest="toy", engine=engine, steps=tuple(s for s in steps if s))
     for engine in ("transformers", "llama_cpp")
     for steps in itertools.product(
-        (None, Step("drop_layers", {"count": 1}), Step("drop_layers", {"count": 2})),
+        (
+            None,
+            Step("drop_layers", {"count": 1, "by": "influence"}),
+            Step("drop_layers", {"count": 2, "by": "influence"}),
+        ),
         (None, Step("weight_dtype", {"dtype": "bfloat16"})),
         (None, Step("batch_size", {"count": 2}), Step("batch_size", {"count": 4})),
     )
@@ -138,6 +144,27 @@ def test_quality_is_learned_step_by_step() -> None:
     assert np.all(np.abs(np.log1p(figures.mid[other]) / np.log1p(truth[other]) - 1) < 0.2)
     unchanged = PLANS.index(Plan(model_digest="toy", engine="transformers"))
     assert figures.low[unchanged] == figures.mid[unchanged] == figures.high[unchanged] == 0
+
+
+def test_no_loss_is_corrected_into_a_gain() -> None:
+    """However much less than predicted some plans lost: what that says of others is never that they lose nothing."""
+    prior = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE)["quality_loss_ratio"].mid
+    losing = np.flatnonzero(prior > 0)
+    learned = fit((1 + prior) ** 0.5 - 1, losing.tolist(), "quality_loss_ratio")
+    correction = learned.corrections["quality_loss_ratio"]
+    far = replace(correction, coefficients=tuple(-5.0 for _ in correction.coefficients))
+    calibration = replace(learned, corrections={"quality_loss_ratio": far})
+    figures = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)["quality_loss_ratio"]
+    assert np.all(figures.mid[losing] > 0)
+    assert np.all(figures.mid[losing] < prior[losing])
+
+
+@given(st.floats(1e-4, 5.0), st.floats(-3.0, 3.0), st.floats(-3.0, 3.0))
+def test_softened_shifts_keep_their_order_and_are_told_from_their_errors(predicted, one, other) -> None:
+    low, high = (float(softened(predicted, shift)) for shift in sorted((one, other)))
+    assert -predicted <= low <= high
+    if low > -0.9 * predicted:
+        assert unsoftened(predicted, low) == pytest.approx(min(one, other), rel=1e-6, abs=1e-12)
 
 
 def test_another_model_of_the_machine_helps() -> None:

@@ -18,6 +18,8 @@ def test_every_row_has_a_source() -> None:
         "devices.csv",
         "efficiencies.csv",
         "engine_overheads.csv",
+        "engine_memory.csv",
+        "host_links.csv",
         "grid_carbon.csv",
         "electricity_prices.csv",
     ):
@@ -38,7 +40,7 @@ def test_every_machine_is_found_or_says_what_is_missing(row: dict[str, str]) -> 
     device = machine.device
     assert device.source and device.memory_bytes >= 2**30
     assert 1e9 < device.memory_bytes_per_s < 1e14
-    assert all(1e11 < value < 1e17 for value in device.flop_per_s.values())
+    assert all(1e10 < value < 1e17 for value in device.flop_per_s.values())
     assert device.busy_w is None or 1 < device.busy_w < 3000
 
 
@@ -57,7 +59,7 @@ def test_near_names_are_suggested() -> None:
     with pytest.raises(BadInput, match=r"did you mean.*`h100-sxm`"):
         find_machine("H100_SXM5")
     with pytest.raises(BadInput, match=r"did you mean.*`rtx-4090`"):
-        find_machine("rtx4090")
+        find_machine("rtx4091")
 
 
 def test_memory_size_is_asked_for_and_read() -> None:
@@ -94,7 +96,7 @@ def test_the_row_of_the_device_family_wins() -> None:
 def test_regions() -> None:
     assert grid_carbon("france")[0] < grid_carbon("world")[0] < grid_carbon("india")[0]
     assert electricity_price("europe")[0] > electricity_price("world")[0]
-    with pytest.raises(BadInput, match="no row for region `atlantis`"):
+    with pytest.raises(BadInput, match="no row for region 'atlantis'"):
         grid_carbon("atlantis")
 
 

@@ -301,12 +301,12 @@ def test_what_changed_since_the_lock_is_named() -> None:
     now = check(figures(), plan=SMALL, lock=lock())
     old = replace(
         lock(replace(SMALL, model_digest="other", steps=(Step("weight_int8"),))), versions={"xllamacpp": "0.9"},
-        allocation={"layers.0": 4, "layers.1": 8}, hardware_fingerprint="elsewhere",
+        allocation={"layers.0": "4", "layers.1": "8"}, hardware_fingerprint="elsewhere",
         workload=replace(lock().workload, output_tokens=32),
     )  # fmt: skip
-    result = replace(now.result, allocation={"layers.0": 8, "layers.1": 8})
+    result = replace(now.result, allocation={"layers.0": "8", "layers.1": "8"})
     assert changes(old, now.answer, result) == (
-        "no weight_int8", "with weight_gguf(type=q4_k)", "bits of 1 modules: layers.0 from 4 to 8",
+        "no weight_int8", "with weight_gguf(type=q4_k)", "options of 1 modules: layers.0 from 4 to 8",
         "the model's files (weights, config or tokenizer)", "output_tokens 64, was 32", "xllamacpp 1.0, was 0.9",
         "the machine: toy machine (toy), was toy machine (elsewher)",
     )  # fmt: skip
@@ -397,7 +397,7 @@ def test_a_plan_of_another_version_is_refused(place: Path, step: Step, capsys: p
 
     write_lock(place / "leanplan.lock", lock(Plan(model_digest="x", engine="transformers", steps=(step,))))
     assert main(["check", "--predict"]) == ExitCode.BAD_INPUT
-    assert f"the locked plan has {step}, which this version of leanplan does not know" in capsys.readouterr().err
+    assert f"`{step}` is of another version" in capsys.readouterr().err
 
 
 def test_errors_as_json_follow_their_schema(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,16 +69,20 @@ def test_causal_pairs_by_counting(window: float, pairs: int) -> None:
 
 
 def test_chain_shows_each_step() -> None:
-    steps = (Step("drop_layers", {"count": 2}), Step("weight_dtype", {"dtype": "bfloat16"}))
+    steps = (Step("drop_layers", {"count": 2, "by": "influence"}), Step("weight_dtype", {"dtype": "bfloat16"}))
     chain = demand_chain(Plan(model_digest="toy", engine="transformers", steps=steps), TOY_MODEL, TOY_WORKLOAD)
-    assert [name for name, _ in chain] == ["unchanged", "drop_layers(count=2)", "weight_dtype(dtype=bfloat16)"]
+    assert [name for name, _ in chain] == [
+        "unchanged",
+        "drop_layers(by=influence, count=2)",
+        "weight_dtype(dtype=bfloat16)",
+    ]
     assert [d.linear_bytes for _, d in chain] == [25_165_824, 18_874_368, 9_437_184]
 
 
 def test_memo_gives_what_the_rewrites_give() -> None:
     memo = Chains(TOY_MODEL, TOY_WORKLOAD)
     steps = (
-        Step("drop_layers", {"count": 2}),
+        Step("drop_layers", {"count": 2, "by": "influence"}),
         Step("weight_dtype", {"dtype": "bfloat16"}),
         Step("batch_size", {"count": 4}),
     )

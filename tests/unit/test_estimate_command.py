@@ -5,34 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from estimate_runs import CONFIG, data, run
 from tests_support import TOY_MACHINE
 
 from knowledge_base.serde import plain
-from planner.cli import main
 from planner.estimating.sweeping import read_sweep
 from planner.machine import SCHEMA
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return str(tmp_path / "config.json")
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    code = main(["estimate", *argv])
-    out, talk = capsys.readouterr()
-    return code, out, talk
 
 
 def test_figures_of_a_plan(capsys: pytest.CaptureFixture[str], config: str) -> None:
@@ -95,12 +76,6 @@ SVG = "{http://www.w3.org/2000/svg}"
 INT4 = ("--on", "rtx-4090", "--step", "weight_int4")
 
 
-def data(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    code, out, talk = run(capsys, *argv, "--json")
-    assert code == 0, talk
-    return json.loads(out)
-
-
 def test_the_waterfall_names_groups_and_what_binds_them(capsys: pytest.CaptureFixture[str], config: str) -> None:
     fall = data(capsys, config, *INT4, "--prompt-tokens", "4096")["waterfall"]
     assert [part["name"] for part in fall["prefill"]] == [
@@ -148,7 +123,7 @@ def test_two_plans_side_by_side(capsys: pytest.CaptureFixture[str], config: str)
     row = next(row for row in facts["rows"] if row["metric"] == "weights_bytes")
     assert row["ratio"] == pytest.approx(row["b"]["mid"] / row["a"]["mid"])
     assert 1 < row["ratio_low"] < row["ratio"] < row["ratio_high"] and row["verdict"] == "a is better"
-    alone = data(capsys, config, *INT4)
+    alone = data(capsys, config, *INT4, "--concurrency", "2")
     assert {row["metric"]: row["a"] for row in facts["rows"]} == alone["predicted"]["values"]
 
 
@@ -233,12 +208,10 @@ def test_a_point_of_a_sweep_is_the_estimate_of_that_plan(capsys: pytest.CaptureF
     assert batch["values"] == step["predicted"]["values"] and batch["plan"] == step["plan"]
 
 
-def test_a_sweep_that_changes_nothing_says_so(capsys: pytest.CaptureFixture[str], config: str) -> None:
+def test_more_clients_wait_longer_for_a_batch_of_one(capsys: pytest.CaptureFixture[str], config: str) -> None:
     values = [p["values"] for p in data(capsys, config, *INT4, "--sweep", "concurrency=1..4")["points"]]
-    _, out, _ = run(capsys, config, *INT4, "--sweep", "concurrency=1..4")
-    assert ("nothing changes with concurrency" in out) == (values[0] == values[-1])
-    _, out, _ = run(capsys, config, *INT4, "--sweep", "context=128..512")
-    assert "nothing changes" not in out
+    assert [v["latency_s"]["mid"] / values[0]["latency_s"]["mid"] for v in values] == pytest.approx([1, 2, 4])
+    assert len({v["throughput_tokens_per_s"]["mid"] for v in values}) == 1
 
 
 # ---------------------------------------------------------------- pictures
@@ -352,16 +325,21 @@ def test_an_unknown_rate_is_said(capsys: pytest.CaptureFixture[str], config: str
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e9, float("inf"), float("nan")])
-@pytest.mark.parametrize("of", ["memory bandwidth", "float32 rate"])
+@pytest.mark.parametrize("of", ["memory bandwidth", "float32 rate", "rate between devices", "power"])
 def test_a_machine_that_cannot_be_is_refused(
     capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path, rate: float, of: str
 ) -> None:
     machine = plain(TOY_MACHINE)
     device = machine["devices"][0]
-    if of == "memory bandwidth":
-        device["memory_bytes_per_s"] = rate
-    else:
+    if of == "float32 rate":
         device["flop_per_s"]["float32"] = rate
+    else:
+        fields = {
+            "memory bandwidth": "memory_bytes_per_s",
+            "rate between devices": "link_bytes_per_s",
+            "power": "busy_w",
+        }
+        device[fields[of]] = rate
     profile = {"schema": SCHEMA, "hardware": machine, "facts": {}, "taken_at": ""}
     (tmp_path / "machine.json").write_text(json.dumps(profile))
     code, out, talk = run(capsys, config, "--on", str(tmp_path / "machine.json"))

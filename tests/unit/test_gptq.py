@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knowledge_base.techniques import weight_gptq
-from knowledge_base.techniques._packed import group_qparams, quantise_groups
+from knowledge_base.techniques._packed import dequantise_groups, group_qparams, levels, quantise_groups, refit
 
 
 def correlated(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -15,42 +15,41 @@ def correlated(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width // 8) @ torch.randn(width // 8, width) + 0.3 * torch.randn(rows, width)
 
 
-def dequantised(found: tuple) -> torch.Tensor:
-    quantised, scales, zeros = found
-    size = quantised.shape[1] // scales.shape[1]
-    return (quantised.float() - 8) * scales.repeat_interleave(size, 1) + zeros.repeat_interleave(size, 1)
+def dequantised(found: tuple, bits: int = 4) -> torch.Tensor:
+    return dequantise_groups(*found, bits)
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("width", [128, 256, 384])
-def test_outputs_change_less_than_when_rounded_to_nearest(group_size, width):
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group_size", "width"), [(32, 128), (64, 256), (128, 384)])
+def test_outputs_change_less_than_when_rounded_to_nearest(bits, group_size, width):
     x = correlated(1024, width)
     weight = torch.randn(96, width)
     hessian = x.T @ x / len(x)
-    found = weight_gptq.round_with_compensation(weight, hessian, group_size)
+    found = weight_gptq.round_with_compensation(weight, hessian, group_size, bits)
     errors = [
-        (x @ (weight - dequantised(f)).T).square().sum().item() / len(x)
-        for f in (found, quantise_groups(weight, group_size))
+        (x @ (weight - dequantised(f, bits)).T).square().sum().item() / len(x)
+        for f in (found, quantise_groups(weight, group_size, bits))
     ]
     assert errors[0] < 0.7 * errors[1]
-    assert weight_gptq.output_error(weight, found, hessian) == pytest.approx(errors[0], rel=1e-2)
-    assert found[0].max() <= 15
+    assert weight_gptq.output_error(weight, found, hessian, bits) == pytest.approx(errors[0], rel=1e-2)
+    assert found[0].max() <= 2**bits - 1
 
 
-def test_blocks_do_not_change_the_sweep(monkeypatch):
-    """The lazily updated blocks give what updating every later column at once gives."""
+def test_blocks_and_order_do_not_change_the_sweep():
+    """Columns written out one by one, by falling importance, every later column updated at once."""
     x = correlated(512, 256)
     weight, hessian = torch.randn(16, 256), x.T @ x / len(x)
     found = weight_gptq.round_with_compensation(weight, hessian, 32)
 
-    factor = weight_gptq._inverse_factor(hessian)
-    work, rounded = weight.clone(), torch.empty_like(weight)
-    for column in range(256):
-        if column % 32 == 0:
-            scale, zero = (t[:, 0] for t in group_qparams(work[:, column : column + 32], 32))
-        level = ((work[:, column] - zero) / scale).round().add(8).clamp(0, 15)
-        rounded[:, column] = (level - 8) * scale + zero
-        error = (work[:, column] - rounded[:, column]) / factor[column, column]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = weight_gptq.inverse_factor(hessian[order][:, order])
+    scales, zeros = refit(weight, *group_qparams(weight, 32), 4, hessian.diagonal())
+    work, rounded = weight[:, order].clone(), torch.empty_like(weight)
+    for column, place in enumerate(order.tolist()):
+        scale, zero = scales[:, place // 32], zeros[:, place // 32]
+        level = ((work[:, column] - zero) / scale).round().clamp(-8, 7)
+        rounded[:, place] = level * scale + zero
+        error = (work[:, column] - rounded[:, place]) / factor[column, column]
         work[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
     same = (dequantised(found) - rounded).abs() < 1e-4
     assert same.float().mean() > 0.99  # ties in rounding may fall either way
@@ -59,8 +58,9 @@ def test_blocks_do_not_change_the_sweep(monkeypatch):
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
     weight = torch.randn(32, 128)
     found = weight_gptq.round_with_compensation(weight, torch.eye(128), 32)
-    nearest = quantise_groups(weight, 32)
-    assert torch.allclose(dequantised(found), dequantised(nearest), atol=1e-2)
+    fitted = refit(weight, *group_qparams(weight, 32), 4)
+    nearest = (levels(weight, *fitted, 4), *fitted)
+    assert torch.equal(dequantised(found), dequantised(nearest))
 
 
 @pytest.mark.parametrize("rank", [1, 10, 100])
@@ -77,7 +77,8 @@ def test_inputs_that_were_never_seen_are_rounded_to_nearest():
     x[:, 32:64] = 0  # one group
     weight = torch.randn(16, 128)
     found = weight_gptq.round_with_compensation(weight, x.T @ x / 512, 32)
-    nearest = quantise_groups(weight, 32)
+    fitted = refit(weight, *group_qparams(weight, 32), 4)
+    nearest = (levels(weight, *fitted, 4), *fitted)
     assert torch.allclose(dequantised(found)[:, 32:64], dequantised(nearest)[:, 32:64], atol=2e-2)
 
 
@@ -93,6 +94,6 @@ def test_more_damping_is_tried_until_the_hessian_can_be_inverted():
     values = torch.full((64,), 1.0, dtype=torch.float64)
     values[0] = -0.05
     hessian = ((basis * values) @ basis.T).float()
-    assert weight_gptq._inverse_factor(hessian) is not None
+    assert weight_gptq.inverse_factor(hessian) is not None
     _, failed = torch.linalg.cholesky_ex(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64))
     assert failed

@@ -94,7 +94,7 @@ def test_a_neighbourhood_in_words():
     told = graph.about("gptq")
     assert told.startswith("method:gptq  GPTQ\n")
     assert "\n  under: topic:weight_quantisation\n" in told
-    assert "\n  executed by: technique:weight_gptq\n" in told
+    assert "\n  executed by: technique:weight_gptq" in told
     assert "`gptq` requires calibration == yes" in told
     crowded = graph.about("resource:memory", limit=3)
     saved_by = next(line for line in crowded.splitlines() if line.startswith("  saved by: "))

@@ -190,7 +190,7 @@ def test_every_method_has_a_card(name: str) -> None:
 def test_a_card_gathers_what_every_file_says(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "explain", "gptq")
     for words in (
-        "as weight_gptq in plans",
+        "as weight_gptq",
         "saves:",
         "costs:",
         "expected loss",

@@ -10,9 +10,14 @@ import numpy
 import pytest
 import torch
 from gguf_sessions import make_session
+from tests_support import TOY_WORKLOAD
 
-from knowledge_base.engines import _llama_abi, _llama_running, llama_cpp
+from cost_models.demand import demand_of
+from knowledge_base.engines import _drafting, _llama_abi, _llama_running, llama_cpp
+from knowledge_base.engines._running import Sampling
+from knowledge_base.engines._serving import OneByOneOnly
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem
+from knowledge_base.techniques import _drafts, importance_matrix, weight_gguf
 
 if why := llama_cpp.find():
     pytest.skip(why, allow_module_level=True)
@@ -78,7 +83,7 @@ def test_pruned_shapes_run(tmp_path) -> None:
     session = make_session(num_hidden_layers=3)
     session.calibration = torch.tensor(TOKENS)
     prune_width.execute(session, keep=0.5)
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by="loss")
     llama_cpp.export(session, tmp_path)
     running = llama_cpp.open_artefact(tmp_path, {"threads": 1})
     found = running.log_probs(TOKENS[0])
@@ -173,6 +178,7 @@ def test_memory_is_exact(tmp_path) -> None:
 
 def test_the_cache_holds_what_memory_says(tmp_path) -> None:
     # llama.cpp reports the size of its cache in MiB with two digits, padded to 256 cells for each sequence.
+    _llama_abi.library().start()  # a server that another test opened in this process took the log
     session, running = opened(tmp_path, dtype="float16", num_key_value_heads=8, num_hidden_layers=4)
     running.generate(TOKENS, 200)
     line = next(line for line in _llama_abi.library().log if "KV buffer size" in line)
@@ -268,3 +274,196 @@ def test_running_needs_no_torch(tmp_path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False" and done.stderr == ""
+
+
+@pytest.mark.parametrize("type", ["q2_k", "iq3_s", "q3_k", "iq4_xs", "q4_0"])
+def test_columns_that_matter_are_rounded_more_carefully(tmp_path, type: str) -> None:
+    """The importance matrix lowers the error that activations see, and the file stays as long."""
+    losses, sizes = [], []
+    for weighed in (False, True):
+        session = make_session(type=type)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in session.model.named_parameters():
+            if "layernorm" in name:  # a few channels ten times as large as the rest: what the matrix is for
+                parameter[torch.randperm(256, generator=generator)[:8]] *= 10
+        reference = expected(session, TOKENS[0])
+        session.calibration = torch.randint(1, 300, (8, 64), generator=generator)
+        if weighed:
+            importance_matrix.execute(session)
+        folder = tmp_path / str(weighed)
+        llama_cpp.export(session, folder)
+        running = llama_cpp.open_artefact(folder, {})
+        found = running.log_probs(TOKENS[0])
+        running.close()
+        losses.append(float((numpy.exp(reference) * (reference - found)).sum(axis=1).mean()))
+        sizes.append((folder / llama_cpp.FILE).stat().st_size)
+    assert losses[1] < 0.95 * losses[0]
+    assert sizes[0] == sizes[1]
+
+
+def test_an_importance_matrix_needs_text(tmp_path) -> None:
+    session = make_session(type="q4_k")
+    importance_matrix.execute(session)
+    with pytest.raises(CandidateFailed, match="calibration text"):
+        llama_cpp.export(session, tmp_path)
+
+
+# ---------------------------------------------------------------- drafts
+
+
+CYCLE = [5, 6, 7, 8] * 6
+
+
+def drafted(folder: Path, *, type: str | None = None, seed: int = 0, **runtime: int):
+    """Export a tiny model that soon goes round in circles, with a draft; return it opened with drafts and without.
+
+    Seed 0 makes a draft of the model's own weights.
+    """
+    session, draft = (make_session(type=kind, initializer_range=0.04) for kind in (type, None))
+    torch.manual_seed(seed)
+    if seed:
+        for parameter in draft.model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    draft.model.save_pretrained(folder / "draft-model")
+    session.storage["draft"] = str(folder / "draft-model")
+    llama_cpp.export(session, folder / "artefact")
+    return tuple(llama_cpp.open_artefact(folder / "artefact", {"threads": 1, **more}) for more in (runtime, {}))
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Nothing is found in the text, and drafting goes on as if it always paid: the hardest case."""
+    monkeypatch.setattr(_drafting.PromptLookup, "draft", lambda self, most, least=0.0: [])
+    monkeypatch.setattr(_drafting, "HOPE", 1e9)
+
+
+@pytest.mark.parametrize("prompt", [*TOKENS[:2], CYCLE, [9]], ids=len)
+def test_what_the_text_repeats_is_checked_and_changes_no_token(tmp_path, prompt) -> None:
+    running, plain = drafted(tmp_path, lookup_tokens=4)
+    ours, theirs = running.generate([prompt], 120), plain.generate([prompt], 120)
+    assert ours.tokens == theirs.tokens
+    assert ours.steps < 0.8 * theirs.steps  # a model that learnt nothing goes round in circles
+    assert list(running.stream(prompt, 120)) == theirs.tokens[0]
+    assert running.memory() == plain.memory()  # what was refused is gone
+    assert numpy.array_equal(running.log_probs(prompt), plain.log_probs(prompt))
+    running.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_model_changes_steps_but_no_token(tmp_path, seed, always) -> None:
+    running, plain = drafted(tmp_path, seed=seed, draft_tokens=4)
+    for prompt in (TOKENS[0], [9]):
+        ours, theirs = running.generate([prompt], 60), plain.generate([prompt], 60)
+        assert ours.tokens == theirs.tokens
+        assert ours.steps < (15 if seed == 0 else 59)  # its own weights are always right: 12 passes of 5 tokens
+        assert list(running.stream(prompt, 60)) == theirs.tokens[0]
+        kept = plain.memory()["kv_cache_bytes"]
+        assert 1.8 * kept < running.memory()["kv_cache_bytes"] <= 2 * kept  # the last draft is not read by who made it
+    assert running.memory()["weights_bytes"] == 2 * plain.memory()["weights_bytes"]
+    running.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("type", ["q8_0", "q4_k"])
+@pytest.mark.parametrize(
+    "runtime", [{"lookup_tokens": 4}, {"draft_tokens": 4}, {"draft_tokens": 2, "kv_bits": 8}], ids=str
+)
+def test_drafts_of_quantised_weights_keep_first_choices(tmp_path, type, runtime) -> None:
+    # Products of several rows use other kernels than of one, so only ties may fall differently.
+    running, plain = drafted(tmp_path, type=type, **runtime)
+    plain.close()
+    for prompt in (TOKENS[0], CYCLE):
+        made = running.generate([prompt], 80)
+        assert made.steps < 75
+        assert_greedy(running, prompt, made.tokens[0], 0.1)
+    running.close()
+
+
+def test_wrong_drafts_are_forgotten(tmp_path, monkeypatch) -> None:
+    running, plain = drafted(tmp_path, lookup_tokens=4)
+    truth = plain.generate([TOKENS[0]], 60).tokens[0]
+    wrong = [(token + 1) % 300 for token in truth]
+    monkeypatch.setattr(
+        _drafting.PromptLookup, "draft", lambda self, most, least=0.0: wrong[(n := len(self._tokens) - 48) : n + most]
+    )
+    made = running.generate([TOKENS[0]], 60)
+    assert made.tokens == [truth]
+    assert made.steps == 59
+    running.close()
+    plain.close()
+
+
+def test_drawn_answers_are_not_drafted(tmp_path) -> None:
+    running, plain = drafted(tmp_path, lookup_tokens=4)
+    sampling = Sampling(temperature=1.0, seed=3)
+    assert list(running.stream(CYCLE, 20, sampling=sampling)) == list(plain.stream(CYCLE, 20, sampling=sampling))
+    tokens = list(running.stream(CYCLE, 20))
+    stopped = list(running.stream(CYCLE, 20, stop=tokens[7:8]))
+    assert stopped == tokens[: tokens.index(tokens[7]) + 1]
+    running.close()
+    plain.close()
+
+
+def test_a_draft_is_stored_as_its_model_is(tmp_path) -> None:
+    import gguf
+
+    for running in drafted(tmp_path, type="q4_k"):
+        running.close()
+    types = {
+        name: {t.tensor_type for t in gguf.GGUFReader(tmp_path / "artefact" / name).tensors}
+        for name in (llama_cpp.FILE, llama_cpp.DRAFT)
+    }
+    assert types[llama_cpp.FILE] == types[llama_cpp.DRAFT]
+    facts = make_session().facts
+    demand = weight_gguf.rewrite(demand_of(facts, TOY_WORKLOAD, "llama_cpp"), type="q4_k")
+    stored, read, cache = _drafts.draft_bytes(demand, facts)  # a draft of the model's own size
+    tensors = gguf.GGUFReader(tmp_path / "artefact" / llama_cpp.DRAFT).tensors
+    assert stored == pytest.approx(sum(int(t.n_bytes) for t in tensors), rel=0.01)
+    table = next(int(t.n_bytes) for t in tensors if t.name == "token_embd.weight")
+    assert read == pytest.approx(stored - table, rel=0.01)  # the head is a matrix of its own
+    assert cache == demand.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [{"lookup_tokens": 4, "draft_tokens": 4}, {"lookup_tokens": 4, "batch": 2}, {"draft_tokens": 0}],
+    ids=str,
+)
+def test_refuses_settings_of_drafts_that_make_no_sense(tmp_path, runtime) -> None:
+    llama_cpp.export(make_session(), tmp_path)
+    with pytest.raises(CandidateFailed) as caught:
+        llama_cpp.open_artefact(tmp_path, runtime)
+    assert caught.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"vocab_size": 320}, "has 320 tokens, the model 300"), ({"max_position_embeddings": 64}, "reads 64 tokens at most"), (None, "")],
+)  # fmt: skip
+def test_refuses_a_draft_that_does_not_fit(tmp_path, changes, words) -> None:
+    llama_cpp.export(make_session(), tmp_path)
+    if changes is not None:
+        llama_cpp.export(make_session(**changes), tmp_path / "other")
+        (tmp_path / "other" / llama_cpp.FILE).rename(tmp_path / llama_cpp.DRAFT)
+    with pytest.raises(CandidateFailed, match=words or "holds no draft.gguf") as caught:
+        llama_cpp.open_artefact(tmp_path, {"draft_tokens": 4})
+    assert caught.value.kind == ("unsupported" if words else "load_error")
+
+
+def test_one_drafted_prompt_at_a_time_in_process_and_served(tmp_path) -> None:
+    llama_cpp.export(make_session(), tmp_path)
+    running = llama_cpp.open_artefact(tmp_path, {"lookup_tokens": 4, "threads": 1})
+    with pytest.raises(BadInput, match="one prompt"):
+        running.generate(TOKENS[:2], 8)
+    running.close()
+    with pytest.raises(OneByOneOnly):
+        llama_cpp.open_server(tmp_path, {"lookup_tokens": 4, "threads": 1}, 256, None)
+
+
+def test_a_draft_that_is_gone_is_a_build_error(tmp_path) -> None:
+    session = make_session()
+    session.storage["draft"] = str(tmp_path / "gone")
+    with pytest.raises(CandidateFailed, match="the draft cannot be read") as caught:
+        llama_cpp.export(session, tmp_path)
+    assert caught.value.kind == "build_error"

@@ -405,8 +405,9 @@ def test_silly_config(folder: Path, case: str) -> None:
 def test_family_keys_that_make_no_model(tmp_path: Path) -> None:
     config = {
         "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "vocab_size": 100,
-        "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "decoder_sparse_step": 0,
+        "num_key_value_heads": 2, "vocab_size": 100,
+        "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 0,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(tmp_path, "sizes that make no model", weights="optional")

@@ -8,9 +8,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_base.errors import CandidateFailed
-from knowledge_base.techniques import _packed
+from knowledge_base.techniques import _kinds, _packed
 
 SHAPES = [(768, 256), (256, 768), (48, 64), (50, 96), (1, 32), (33, 160)]  # (out, in)
+
+
+SPECS: dict[str, dict] = {
+    "int8": {}, "int8_dynamic": {}, "fp8": {}, "int8_table": {},
+    "int4": {"group_size": 32}, "int3": {"group_size": 32}, "int2": {"group_size": 32}, "int4_table": {"group_size": 32},
+    "codebook": {"group_size": 32, "levels": "nf4", "double_quant": True},
+}  # fmt: skip
+PACKED = tuple(SPECS)
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -22,11 +31,10 @@ def make(
 ) -> tuple[nn.Linear, nn.Module]:
     torch.manual_seed(outputs * inputs)
     linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
-    params = {"group_size": 32} if kind == "int4" else {}
-    return linear, _packed.KINDS[kind].from_weight(linear.weight, linear.bias, **params)
+    return linear, _kinds.module_class(kind).from_weight(linear.weight, linear.bias, **SPECS[kind])
 
 
-@pytest.mark.parametrize("kind", _packed.KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_forward_is_the_product_with_the_dequantised_weights(kind, shape, rows):
@@ -40,7 +48,18 @@ def test_forward_is_the_product_with_the_dequantised_weights(kind, shape, rows):
     assert relative_error(found, expected) < (0.02 if kind == "int8_dynamic" else 0.006)
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("int8", 0.006), ("int8_dynamic", 0.006), ("int4", 0.09)])
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        ("int8", 0.006),
+        ("int8_dynamic", 0.006),
+        ("fp8", 0.03),
+        ("int4", 0.09),
+        ("codebook", 0.09),
+        ("int3", 0.19),
+        ("int2", 0.45),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantised_is_close_to_the_weights(kind, limit, dtype):
     linear, module = make(kind, 256, 768, dtype=dtype)
@@ -48,7 +67,7 @@ def test_dequantised_is_close_to_the_weights(kind, limit, dtype):
     assert module.weight.dtype == dtype
 
 
-@pytest.mark.parametrize("kind", _packed.KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after forward"])
 @pytest.mark.parametrize("shape", [(50, 96), (128, 256)], ids=str)
 def test_state_dict_survives_use_and_reload(kind, used, shape):
@@ -91,23 +110,68 @@ def test_int4_returns_to_the_stored_layout_before_it_moves():
     assert module.kernel is None
 
 
-@pytest.mark.parametrize("kind", _packed.KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 def test_stored_bytes_are_what_is_claimed(kind):
     _, module = make(kind, 256, 768, bias=False)
     stored = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    if kind == "int8_dynamic":
-        assert stored == 256 * 768 + 4 * 256
-    else:
-        assert stored == _packed.packed_bytes((256, 768), 4 if kind == "int4" else 8, 32)
+    weights, groups = 256 * 768, 256 * 768 // 32
+    expected = {
+        "int8_dynamic": weights + 4 * 256, "fp8": weights + 4 * 256, "int8_table": weights + 2 * 256,
+        "int4_table": weights // 2 + 4 * groups, "codebook": weights // 2 + groups + 8 * groups // 256,
+    }  # fmt: skip
+    assert stored == (expected.get(kind) or _packed.packed_bytes((256, 768), BITS[kind], 32))
 
 
-@pytest.mark.parametrize("kind", _packed.KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 def test_zero_and_constant_weights_are_held(kind):
     for value in (0.0, 0.37, -2.0):
-        params = {"group_size": 32} if kind == "int4" else {}
-        module = _packed.KINDS[kind].from_weight(torch.full((16, 64), value), None, **params)
+        module = _kinds.module_class(kind).from_weight(torch.full((16, 64), value), None, **SPECS[kind])
         assert torch.allclose(module.dequantised(), torch.full((16, 64), value), rtol=0.01)
         assert torch.isfinite(module(torch.zeros(1, 64))).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_are_packed_and_unpacked_whole(bits):
+    values = torch.randint(0, 2**bits, (7, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = _packed.pack_bits(values, bits)
+    assert packed.shape == (7, 96 * bits // 8)
+    assert torch.equal(_packed.unpack_bits(packed, bits), values)
+
+
+def test_thirty_two_3_bit_values_take_twelve_bytes():
+    """By hand: 7 at the weights 0 and 31 is three bits in each of two bytes."""
+    values = torch.zeros(1, 32, dtype=torch.uint8)
+    values[0, 0] = values[0, 31] = 7
+    # low two bits: byte k holds weights k, k + 8, k + 16, k + 24; high bit: weights k, k + 4, ...
+    assert _packed.pack_bits(values, 3).tolist() == [[0b11, 0, 0, 0, 0, 0, 0, 0b11 << 6, 1, 0, 0, 1 << 7]]
+
+
+def test_long_products_are_taken_in_blocks(monkeypatch):
+    _, module = make("int3", 50, 96)
+    whole = module(x := torch.randn(3, 96))
+    monkeypatch.setattr(_packed, "_BLOCK_WEIGHTS", 7 * 96)
+    assert torch.equal(module(x), whole)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fitting_again_lowers_the_squared_error_in_every_group(bits):
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(bits))
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(9))
+    before = _packed.group_qparams(weight, 32, bits)
+
+    def errors(scales, zeros):
+        found = _packed.dequantise_groups(_packed.levels(weight, scales, zeros, bits), scales, zeros, bits)
+        return ((found - weight) ** 2 * importance).unflatten(1, (-1, 32)).sum(2)
+
+    after = _packed.refit(weight, *before, bits, importance)
+    assert (errors(*after) <= errors(*before)).all()
+    assert errors(*after).sum() < (0.8 if bits < 4 else 0.97) * errors(*before).sum()
+
+
+def test_a_group_on_one_level_keeps_a_scale():
+    scales, zeros = _packed.refit(torch.full((2, 32), 0.5), torch.ones(2, 1), torch.zeros(2, 1), 2)
+    assert torch.isfinite(zeros).all()
+    assert (scales > 0).all()
 
 
 def test_group_size_falls_back_to_one_that_divides():
@@ -126,8 +190,8 @@ def test_a_damaged_spec_is_refused(params):
 
 
 def test_unknown_kind_names_the_known_ones():
-    with pytest.raises(CandidateFailed, match="int4, int8, int8_dynamic, low_rank"):
-        _packed.module_class("int3")
+    with pytest.raises(CandidateFailed, match=r"unknown kind of module `int5`; known: .*int2, int3, int4, "):
+        _packed.module_class("int5")
     assert _packed.module_class("low_rank").kind == "low_rank"
 
 

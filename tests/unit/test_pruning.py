@@ -13,7 +13,7 @@ from knowledge_base.techniques import drop_layers, prune_wanda, prune_width
 from knowledge_base.techniques._blocks import decoder_layers, each_layer, ffn_of, is_matrix, matrix_of, mean_loss
 
 TRANSFORMERS = ("llama", "llama_untied", "gpt2", "qwen2", "mistral", "mixtral")
-SETTINGS = {prune_wanda: {"sparsity": 0.5}, prune_width: {"keep": 0.75}, drop_layers: {"count": 1}}
+SETTINGS = {prune_wanda: {"sparsity": 0.5}, prune_width: {"keep": 0.75}, drop_layers: {"count": 1, "by": "loss"}}
 
 
 def weights(model) -> dict:
@@ -176,12 +176,12 @@ def test_width_refuses_layers_of_different_widths():
 def test_drop_leaves_a_whole_smaller_model(architecture, tmp_path):
     session = session_of(tiny_folder(architecture))
     before = facts_of(session.model)
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by="loss")
     after = facts_of(session.model)
     assert after.layers == before.layers - 1
     assert len(session.notes["drop_layers.dropped"]) == 1
     assert torch.equal(logits(reloaded(session.model, tmp_path)), logits(session.model))
-    predicted = drop_layers.rewrite(demand_of(before, TOY_WORKLOAD, "transformers"), count=1)
+    predicted = drop_layers.rewrite(demand_of(before, TOY_WORKLOAD, "transformers"), count=1, by="loss")
     assert predicted.linear_params == pytest.approx(after.linear_params)
     assert predicted.model.layers == after.layers
     assert predicted.model.params_total == pytest.approx(after.params_total, rel=0.01)
@@ -191,7 +191,7 @@ def test_drop_leaves_a_whole_smaller_model(architecture, tmp_path):
 def test_drop_renumbers_layers_for_the_cache(architecture):
     """Token by token through the KV cache gives what one pass gives: every layer has its own place in the cache."""
     session = session_of(tiny_folder(architecture))
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by="loss")
     model, row = session.model, calibration(1)
     with torch.no_grad():
         whole = model(row, use_cache=False).logits[0]
@@ -200,8 +200,8 @@ def test_drop_renumbers_layers_for_the_cache(architecture):
     assert torch.allclose(torch.cat([first.logits[0], second.logits[0]]), whole, atol=1e-3)
 
 
-@pytest.mark.parametrize("useless", [1, 2, 3])
-def test_drop_finds_the_layer_that_does_nothing(useless):
+@pytest.mark.parametrize(("useless", "by"), [(1, "loss"), (2, "influence"), (3, "loss"), (3, "influence")])
+def test_drop_finds_the_layer_that_does_nothing(useless, by):
     session = session_of(tiny_folder())
     layer = decoder_layers(session.model)[useless]
     layer.self_attn.o_proj.weight.data.zero_()
@@ -213,7 +213,7 @@ def test_drop_finds_the_layer_that_does_nothing(useless):
         session.calibration = session.model.generate(
             calibration(4, 4), do_sample=True, min_new_tokens=60, max_new_tokens=60
         )
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by=by)
     assert session.notes["drop_layers.dropped"] == [useless]
     assert torch.allclose(logits(session.model), wanted, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_drop_finds_the_layer_that_does_nothing(useless):
 def test_drop_keeps_the_kind_of_every_layer_that_stays():
     session = session_of(tiny_folder("qwen2"))
     kinds = list(session.model.config.layer_types)
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by="loss")
     del kinds[session.notes["drop_layers.dropped"][0]]
     assert session.model.config.layer_types == kinds
 
@@ -231,7 +231,7 @@ def test_drop_refuses_more_than_a_third():
     assert drop_layers.legal({"count": 1}, model, TOY_WORKLOAD, TOY_MACHINE) is None
     assert "more than a third" in drop_layers.legal({"count": 2}, model, TOY_WORKLOAD, TOY_MACHINE)
     with pytest.raises(CandidateFailed, match="more than a third"):
-        drop_layers.execute(session_of(tiny_folder()), count=2)
+        drop_layers.execute(session_of(tiny_folder()), count=2, by="loss")
 
 
 # ---------------------------------------------------------------- all three
@@ -268,7 +268,7 @@ def test_numbers_that_are_not_finite_are_a_named_failure():
 
 def test_pruned_width_then_zeros_then_fewer_layers_compose(tmp_path):
     session = session_of(tiny_folder())
-    drop_layers.execute(session, count=1)
+    drop_layers.execute(session, count=1, by="loss")
     prune_width.execute(session, keep=0.5)
     prune_wanda.execute(session, sparsity=0.3)
     assert torch.equal(logits(reloaded(session.model, tmp_path)), logits(session.model))

@@ -132,7 +132,12 @@ def test_every_family_is_counted_to_the_parameter(
     if kind == "gpt2":
         sizes.pop("intermediate_size")
     if "moe" in kind:
-        sizes |= {"num_experts": 4, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
+        sizes |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+        }
     config = AutoConfig.for_model(kind, **{**sizes, **(VARIANTS.get(kind, {}) if variant else {})})
     read = read_model(write_config(tmp_path, config), weights="optional")
     assert counts(read) == truth(on_meta(config))
@@ -189,7 +194,7 @@ def test_published_models_have_their_published_size(name: str, tmp_path: Path) -
     if name == "Mixtral-8x7B":
         assert model.params_active == 12_879_925_248  # "13B active": total less 6 of 8 experts in 32 layers
     if name == "gemma-2-9b":
-        assert model.sliding_window_tokens is None, "every other layer attends to everything"
+        assert (model.sliding_window_tokens, model.window_share) == (4096, 0.5), "every other layer sees everything"
 
 
 def test_a_70b_config_is_read_without_torch_in_milliseconds(tmp_path: Path) -> None:
@@ -281,11 +286,10 @@ def test_state_bytes_are_those_of_the_real_cache(tiny: Any) -> None:
     assert (model.attention_layers, model.kv_values_per_token) == (0, 0)
 
 
-def test_windows_count_where_every_layer_has_one(tiny: Any) -> None:
+def test_windows_count_in_the_layers_that_have_one(tiny: Any) -> None:
     assert read_model(tiny("mistral")).model.sliding_window_tokens == 64
-    half = read_model(tiny("qwen2"))
-    assert half.model.sliding_window_tokens is None
-    assert any("some layers only" in note for note in half.notes)
+    half = read_model(tiny("qwen2")).model
+    assert (half.sliding_window_tokens, half.window_share) == (64, 0.5)
 
 
 def test_hybrid_layers_are_told_apart(tmp_path: Path) -> None:

@@ -10,28 +10,36 @@ from transformers import AutoTokenizer
 
 from cost_models.demand import demand_of
 from knowledge_base.errors import CandidateFailed
-from knowledge_base.techniques import drop_layers, low_rank, prune_wanda, prune_width, recover_lora
+from knowledge_base.techniques import _training, drop_layers, low_rank, prune_wanda, prune_width, recover_lora
 from knowledge_base.techniques._blocks import decoder_layers, is_matrix, matrix_of, mean_loss
 
 DAMAGE = [
     ("llama", prune_width, {"keep": 0.5}),
-    ("gpt2", drop_layers, {"count": 1}),
-    ("llama", drop_layers, {"count": 1}),
+    ("gpt2", drop_layers, {"count": 1, "by": "loss"}),
+    ("llama", drop_layers, {"count": 1, "by": "loss"}),
     ("llama", low_rank, {"keep": 0.6}),
-    ("mixtral", drop_layers, {"count": 1}),
+    ("mixtral", drop_layers, {"count": 1, "by": "loss"}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def text_seen_again(monkeypatch):
+    """These models learnt nothing, so what they gain lies in seeing the same rows again, not in text written anew."""
+    monkeypatch.setattr(_training, "VIEWS_MAX", 1000)
 
 
 def damaged(architecture, technique, knobs, dtype=torch.float32):
     """Return a session whose held-out rows repeat the training rows: a model that learnt nothing cannot generalise."""
     session = session_of(tiny_folder(architecture), dtype)
     session.calibration = session.calibration[:3].repeat(4, 1)
-    technique.execute(session, **knobs)
+    defaults = {knob: choice.default for knob, choice in technique.TECHNIQUE.knobs.items()}
+    technique.execute(session, **(defaults | knobs))
     return session
 
 
+@pytest.mark.slow
 def test_recovery_of_a_trained_model_holds_on_text_it_never_saw(monkeypatch):
-    monkeypatch.setattr(recover_lora, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(_training, "TOKENS_PER_STEP", 512)
     folder = Path(__file__).parents[2]
     tokenizer = AutoTokenizer.from_pretrained(folder / "models" / "tiny-lm")
 
@@ -46,7 +54,7 @@ def test_recovery_of_a_trained_model_holds_on_text_it_never_saw(monkeypatch):
     session.calibration = rows("calib", 48)
     unseen = rows("heldout", 12)
     whole = mean_loss(session.model, unseen)
-    drop_layers.execute(session, count=2)
+    drop_layers.execute(session, count=2, by="loss")
     before = mean_loss(session.model, unseen)
     recover_lora.execute(session, steps=20)
     after = mean_loss(session.model, unseen)
@@ -72,7 +80,7 @@ def test_the_merged_model_is_the_one_that_was_scored(tmp_path):
         wanted = load(tiny_folder()).forward(held_out, use_cache=False).logits.log_softmax(-1)
         given = reloaded(session.model, tmp_path)(held_out, use_cache=False).logits.log_softmax(-1)
     kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
-    assert kl == pytest.approx(session.notes["recover_lora.heldout_kl_nats"][1], rel=1e-3)
+    assert kl == pytest.approx(session.notes["recover_lora.heldout_kl_nats"][1], rel=1e-3, abs=2e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -89,7 +97,7 @@ def test_zeros_stay_zero_and_the_score_is_of_the_pruned_model(architecture):
     with torch.no_grad():
         wanted = load(tiny_folder(architecture))(held_out, use_cache=False).logits.log_softmax(-1)
         given = session.model(held_out, use_cache=False).logits.log_softmax(-1)
-    assert (wanted.exp() * (wanted - given)).sum(-1).mean().item() == pytest.approx(after, rel=1e-3)
+    assert (wanted.exp() * (wanted - given)).sum(-1).mean().item() == pytest.approx(after, rel=1e-3, abs=2e-6)
 
 
 def test_a_model_that_is_not_damaged_is_left_alone():

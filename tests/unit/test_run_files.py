@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests_support import TOY_MODEL, TOY_WORKLOAD
@@ -46,6 +47,35 @@ def test_a_damaged_record_counts_as_absent_and_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     assert store.get("k" * 64) is None
     assert store.damaged == [path]
+
+
+OLD = (
+    Step("weight_int4", {"group_size": 32, "knob of old": 1}), Step("weight_int4"), Step("weight_int4", {"group_size": 7}), Step("gone"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("step", OLD, ids=str)
+def test_plans_of_another_version_are_refused_in_words(tmp_path: Path, step: Step) -> None:
+    plan = replace(PLAN, steps=(step,))
+    numbers: Any = {"layers.0": 4}  # as allocations once were
+    write_recipe(tmp_path, Recipe(plan=plan, model="model", model_digest="m", allocation=numbers))
+    lock = Lock(
+        plan=plan, artefact_digest="a", hardware_name="toy", hardware_fingerprint="toy", workload=TOY_WORKLOAD, figures=FIGURES,
+        allocation=numbers,
+    )  # fmt: skip
+    write_lock(tmp_path / "toy.lock", lock)
+    for read, file in ((read_recipe, "plan.json"), (read_lock, "toy.lock")):
+        with pytest.raises(BadInput, match="of another version") as caught:
+            read(tmp_path / file)
+        assert step.technique in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize("step", OLD, ids=str)
+def test_plans_that_are_no_longer_possible_teach_nothing(tmp_path: Path, step: Step) -> None:
+    store, old = Store(tmp_path), record("o" * 64)
+    store.put(record())
+    store.put(replace(old, measurement=replace(old.measurement, plan=replace(PLAN, steps=(step,)))))
+    assert list(store.records("toy")) == [record()]
 
 
 FACTS = {
@@ -184,7 +214,7 @@ def test_a_slower_machine_is_not_a_slower_plan() -> None:
 
 
 def test_recipe_round_trip(tmp_path: Path) -> None:
-    recipe = Recipe(plan=PLAN, model="models/toy", model_digest="toy", allocation={"a": 4})
+    recipe = Recipe(plan=PLAN, model="models/toy", model_digest="toy", allocation={"a": "4 zeros 0.5"})
     write_recipe(tmp_path, recipe)
     assert read_recipe(tmp_path / "plan.json") == recipe
     assert "weight_int4" in (tmp_path / "recipe.yaml").read_text()

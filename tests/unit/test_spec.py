@@ -21,6 +21,7 @@ from knowledge_base.types import Budget, Workload
 from planner import _yaml, spec
 from planner._kinds import UNSET, Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
 from planner.cli import main
+from planner.data import bundled
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = """\
@@ -309,7 +310,14 @@ CASES = [
 ]
 VALIDATOR = jsonschema.Draft202012Validator(spec.schema())
 # What no schema sees: an empty budget map is fine beside objectives; a path that leaves; sizes; clashes of two keys.
-ONLY_THE_PARSER = ("leaves the spec's folder", "nothing to decide", "finite", "not a model folder", "unit missing")
+ONLY_THE_PARSER = (
+    "leaves the spec's folder",
+    "is not below",
+    "nothing to decide",
+    "finite",
+    "not a model folder",
+    "unit missing",
+)
 
 
 def test_schema_and_parser_agree_on_every_key() -> None:
@@ -479,3 +487,14 @@ def test_help_topics(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
     }[topic]
     assert all(word in out for word in wanted)
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_texts_that_ship_are_named_by_a_word(tmp_path):
+    read = spec.from_mapping(
+        {"model": "org/model", "objectives": ["tpot_p50"], "quality": {"data": "bundled"}, "calibration": "bundled"},
+        folder=tmp_path,
+    )
+    assert read.quality.data == bundled("heldout")
+    assert read.calibration.data == bundled("calib")
+    assert spec.as_mapping(read)["calibration"]["data"] == "bundled"
+    assert spec.from_mapping(spec.as_mapping(read), folder=tmp_path / "elsewhere").calibration == read.calibration

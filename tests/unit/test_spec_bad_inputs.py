@@ -134,7 +134,7 @@ def test_04_unknown_key(refused: Any) -> None:
     assert "unknown key 'tme_limit' in search; did you mean 'time_limit'?" in refused(
         HEAD + "objectives: [ttft]\nsearch: {tme_limit: 5 s}"
     )
-    assert "unknown metric 'ttft_p59'; did you mean 'ttft_p95'?" in refused(HEAD + "budgets: {ttft_p59: 5 ms}")
+    assert "unknown metric 'ttft_p85'; did you mean 'ttft_p95'?" in refused(HEAD + "budgets: {ttft_p85: 5 ms}")
     assert "peak_memory is one number, it has no p95" in refused(HEAD + "budgets: {peak_memory_p95: 5 GiB}")
     assert "unknown technique 'wieght_int8'; did you mean 'weight_int8'" in refused(
         HEAD + "objectives: [ttft]\ntechniques: {only: [wieght_int8]}"

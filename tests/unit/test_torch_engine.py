@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from knowledge_base.engines import _torch_artefact, _torch_cache
 from knowledge_base.engines import transformers as engine
-from knowledge_base.engines._torch_running import Drafter
+from knowledge_base.engines._torch_drafting import PromptLookup
 from knowledge_base.errors import BadInput, CandidateFailed
 from knowledge_base.registry import techniques
-from knowledge_base.techniques import _packed
+from knowledge_base.techniques import _kinds, _packed
 from knowledge_base.techniques._loading import load_session
 from knowledge_base.techniques._low_rank_module import LowRankLinear
 from knowledge_base.types import Session
@@ -284,7 +284,8 @@ def next_by_search(text: list[int], tokens: int, longest: int = 3, shortest: int
 def test_drafts_are_those_of_a_plain_search(seed):
     generator = numpy.random.default_rng(seed)
     text = generator.integers(0, 4, size=20).tolist()
-    drafter = Drafter(text)
+    drafter = PromptLookup()
+    drafter.begin(text)
     for _ in range(40):
         more = generator.integers(0, 4, size=int(generator.integers(1, 4))).tolist()
         drafter.append(more)
@@ -294,8 +295,10 @@ def test_drafts_are_those_of_a_plain_search(seed):
 
 
 def test_new_text_gives_no_draft():
-    assert Drafter([1, 2, 3, 4]).draft(4) == []
-    assert Drafter([1]).draft(4) == []
+    for text in ([1, 2, 3, 4], [1]):
+        drafter = PromptLookup()
+        drafter.begin(text)
+        assert drafter.draft(4) == []
 
 
 # ---------------------------------------------------------------- artefacts
@@ -330,6 +333,11 @@ def test_a_head_untied_by_a_step_stays_untied(tmp_path, prompts):
 
 def test_replaced_modules_come_back(tmp_path, prompts):
     """Packed and factorised modules, one inside the other, in Linear and in Conv1D."""
+
+    def sizes(name):
+        module = model.get_submodule(name)
+        return {"in_features": module.in_features, "out_features": module.out_features}
+
     for name, replaced in (("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.1.mlp.c_fc")):
         folder = tmp_path / name
         model = make(name)
@@ -342,9 +350,9 @@ def test_replaced_modules_come_back(tmp_path, prompts):
         engine.export(session_of(model, folder), folder)
         structure = json.loads((folder / "structure.json").read_text())
         assert structure == {
-            replaced: {"kind": "int4", "group_size": 32},
-            down: {"kind": "low_rank", "rank": 8},
-            f"{down}.reduce": {"kind": "int8"},
+            replaced: {"kind": "int4", **sizes(replaced), "group_size": 32},
+            down: {"kind": "low_rank", **sizes(down), "rank": 8},
+            f"{down}.reduce": {"kind": "int8", **sizes(f"{down}.reduce")},
         }
         running = engine.open_artefact(folder, {})
         with torch.inference_mode():
@@ -516,3 +524,41 @@ def test_serving_steps_write_runtime_keys_the_engine_knows(made, tmp_path, techn
     techniques.get(technique).execute(session, **knobs)
     assert session.runtime == runtime
     engine.open_artefact(folder, session.runtime).close()
+
+
+def test_layers_of_other_sizes_come_back(tmp_path, prompts):
+    model = make("llama")
+    mlp = model.model.layers[1].mlp
+    kept = torch.arange(0, 64, 2)
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.weight = torch.nn.Parameter(part.weight[kept], requires_grad=False)
+        _kinds.other_sizes(part, out_features=32)
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, kept], requires_grad=False)
+    _kinds.other_sizes(mlp.down_proj, in_features=32)
+    _kinds.other_sizes(mlp, intermediate_size=32)
+    with torch.inference_mode():
+        expected = model(torch.tensor(prompts[:1])).logits[0].float().log_softmax(-1).numpy()
+    engine.export(session_of(model, tmp_path), tmp_path)
+    running = engine.open_artefact(tmp_path, {})
+    assert numpy.allclose(running.log_probs(prompts[0]), expected, atol=1e-5)
+    again = _torch_artefact.load(tmp_path, torch.device("cpu"))
+    assert [layer.mlp.intermediate_size for layer in again.model.layers] == [64, 32]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "resized", "shapes": {"nothing": [3]}, "sizes": {}},
+        {"kind": "resized", "shapes": {}, "sizes": {"forward": 3}},
+        {"kind": "resized", "shapes": {}, "sizes": {"in_features": "3"}},
+        {"kind": "no such kind"},
+    ],
+)
+def test_a_structure_nobody_knows_is_a_load_error(made, tmp_path, entry):
+    _, folder = made("llama")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    (tmp_path / "structure.json").write_text(json.dumps({"model.layers.1.mlp.up_proj": entry}))
+    with pytest.raises(CandidateFailed) as caught:
+        engine.open_artefact(tmp_path, {})
+    assert caught.value.kind == "load_error"

@@ -349,10 +349,11 @@ def test_prices_show_their_default_and_its_source_until_they_are_given(sit_down)
 def test_limits_say_how_many_plans_and_minutes_to_expect(sit_down) -> None:
     _, script = sit_down("plans 2", start="limits")
     view = script.seen[-1][1]
-    count, seconds = view.outlook.effort()
-    assert 1 <= count <= 2
-    assert 0 < seconds <= view.outlook.spec.search.time_limit_s
-    assert any(f"about {count} of up to" in line for line in SCREENS[7].remarks(view))
+    candidates, wall_s = (view.outlook.run.amounts[name] for name in ("candidates", "wall_s"))
+    assert 1 <= candidates.low <= candidates.high <= 2
+    assert 0 < wall_s.mid <= view.outlook.spec.search.time_limit_s
+    assert any("plans measured 2" in line and "wall time" in line for line in SCREENS[7].remarks(view))
+    assert "plans measured 2" in " ".join(SCREENS[8].remarks(view))
     shown = {row[0]: row[2] for row in SCREENS[7].grid(view).rows}
     assert "there)" in shown["memory"]
     assert "free here)" in shown["disk"]

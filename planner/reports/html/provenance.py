@@ -10,6 +10,8 @@ from knowledge_base import units
 from knowledge_base.metrics import METRICS
 from knowledge_base.serde import plain
 from planner.reports.html._view import View
+from planner.results import ParetoSet
+from planner.run_forecast import rows
 
 TITLE = "What it rests on"
 LEAD = "Enough to do it again, and to know what to doubt."
@@ -41,6 +43,7 @@ def facts(view: View) -> dict[str, Any]:
             ("solver", search.get("solver")), ("effort", search.get("effort")), ("seed", search.get("seed")),
             ("held-out and calibration data", provenance.get("data")),
         ]),
+        ("What the run took", _taken(answer)),
         ("Versions", sorted(dict(provenance.get("versions", {})).items())),
     ]  # fmt: skip
     spec = provenance.get("spec")
@@ -55,6 +58,12 @@ def facts(view: View) -> dict[str, Any]:
         "warnings": warnings.most_common(),
         "notes": _notes(view),
     }
+
+
+def _taken(answer: ParetoSet) -> list[tuple[str, str]]:
+    """Return each amount of the run: the forecast, the fact, and whether it lay inside."""
+    told = rows(answer.forecast) if answer.forecast else []
+    return [(r.label, f"{r.fact} ({r.held} the forecast {r.forecast})" if r.fact != "–" else r.forecast) for r in told]
 
 
 def _notes(view: View) -> list[tuple[str, str]]:

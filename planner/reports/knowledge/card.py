@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from knowledge_base.field.card import Card, Effect
 from knowledge_base.field.entries import EvidenceRow
@@ -19,8 +19,8 @@ STATUSES = {
 }
 
 
-def as_text(card: Card) -> str:
-    """Return all that is known of a method."""
+def as_text(card: Card, measured: Sequence[str] = ()) -> str:
+    """Return all that is known of a method; `measured`: the lines on what it did on this machine."""
     method = card.method
     status = STATUSES[card.status] + (f", as {', '.join(card.techniques)} in plans" if card.techniques else "")
     blocks = [
@@ -34,6 +34,7 @@ def as_text(card: Card) -> str:
         _block("risks", method.risks),
         _block("with others", [f"{rule.sentence} [{rule.source}]" for rule in card.rules]),
         _evidence(card),
+        measured,
         _papers(card),
         _block("sources", method.sources),
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 
 from knowledge_base import units
+from knowledge_base.registry import engines
+from planner.run_forecast import in_short
 from planner.wizard.screens._screen import Grid, Screen, View
 from planner.wizard.screens._typed import changed, setting_rows
 
@@ -32,20 +34,17 @@ def _remarks(view: View) -> list[str]:
         return []
     space = view.outlook.space
     lines = [f"engines found: {', '.join(space.options)}"]
-    lines += [f"left out: {r.what}: {r.why}" for r in view.outlook.refused if r.kind == "engine"]
+    kind = view.outlook.hardware.device.kind
+    of_no_use = {name for name, module in engines.all().items() if kind not in module.ENGINE.devices}
+    left_out = [r for r in view.outlook.refused if r.kind == "engine" and r.what not in of_no_use]
+    lines += [f"left out: {r.what}: {r.why}" for r in left_out]
     if view.outlook.spec.hardware != "local":
         return [*lines, "another machine: plans are priced in seconds, nothing is built or run"]
-    count, seconds = view.outlook.effort()
     return [
         *lines,
-        f"will build and run about {count} of up to {space.count():,} plans here: about {_minutes(seconds)}, at most "
-        f"{units.format(view.outlook.spec.search.time_limit_s, 'time')}",
+        f"will build and run some of up to {space.count():,} plans here; {in_short(view.outlook.run)}",
         "each in a process of its own; no network, no code of the model's own, no pickle files",
     ]
-
-
-def _minutes(seconds: float) -> str:
-    return f"{max(1, round(seconds / 60))} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 SCREEN = Screen(

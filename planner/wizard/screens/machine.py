@@ -9,6 +9,7 @@ from knowledge_base import units
 from knowledge_base.errors import BadInput
 from planner import spec as specs
 from planner.forecast import Forecast
+from planner.machine_file import SUFFIXES
 from planner.wizard.answers import Answers
 from planner.wizard.screens._screen import Grid, Screen, Tell, View
 from planner.wizard.screens._typed import changed, is_file, path_of, setting_rows
@@ -23,10 +24,10 @@ def _grid(view: View) -> Grid:
         ("local", "this machine: plans are measured"),
         ("probe", "measure this machine now: half a minute, once"),
         ("NAME", f"a machine of the catalogue, e.g. {', '.join(EXAMPLES)}"),
-        ("FILE.json", "a profile that `leanplan probe --json` wrote elsewhere"),
+        ("FILE", "a machine described in YAML or JSON, or what `leanplan probe --json` wrote there"),
     ]
     if hardware != "local":
-        rows.append((hardware, "a saved profile" if hardware.endswith(".json") else "a machine of the catalogue"))
+        rows.append((hardware, "a machine's file" if hardware.endswith(SUFFIXES) else "a machine of the catalogue"))
     chosen = 0 if hardware == "local" else len(rows) - 1
     prices = [(word, value if given else default) for word, value, default, given in _prices(view)]
     return Grid(rows=[*rows, *prices], chosen=frozenset({chosen}))
@@ -38,7 +39,7 @@ def _prices(view: View) -> list[tuple[str, str, str, bool]]:
 
     hardware = view.answers.parsed.hardware
     (electricity, its_source), (carbon, carbon_source) = electricity_price(), grid_carbon()
-    listed = None if hardware == "local" or hardware.endswith(".json") else find_machine(hardware).price_usd_per_h
+    listed = None if hardware == "local" or hardware.endswith(SUFFIXES) else find_machine(hardware).price_usd_per_h
     defaults = {
         "price": "none: only electricity is counted" if listed is None else f"${listed:g}/h, of the catalogue",
         "electricity": f"{units.format(electricity, 'price_per_kwh')}, {_short(its_source)}",
@@ -61,11 +62,12 @@ def _change(view: View, text: str) -> Answers:
     if word in KEYS:
         return changed(view, text, KEYS)
     name = rest.strip() if word == "machine" and rest else text
-    if name.endswith(".json"):
+    if name.endswith(SUFFIXES):
         name = str(path_of(name))
         if not is_file(Path(name)):
             raise BadInput(
-                f"no profile {units.quote(name)}", hint="make one there: leanplan probe --json > machine.json"
+                f"no file {units.quote(name)}",
+                hint="make one there: leanplan probe --json > machine.json; or write one: leanplan help machine",
             )
     elif name != "local":
         from cost_models.catalogue import find_machine

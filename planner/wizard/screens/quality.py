@@ -11,7 +11,6 @@ from planner.wizard.screens._screen import Grid, Screen, View
 from planner.wizard.screens._typed import is_file, path_of, setting_rows, unknown
 
 TEXTS = {"text": "quality.data", "calibration": "calibration.data"}
-BUNDLED = {"text": "heldout", "calibration": "calib"}
 WORDS = ("loss", *TEXTS)
 
 
@@ -41,9 +40,7 @@ def _change(view: View, text: str) -> Answers:
     if value == "none" or (word, value) == ("text", "bundled"):
         return view.answers.with_key(TEXTS[word] if word == "text" else "calibration", None)
     if value == "bundled":
-        from planner.data import bundled
-
-        value = str(bundled(BUNDLED[word]))
+        return view.answers.with_key(TEXTS[word], value)
     path = path_of(value)
     if not is_file(path):
         raise BadInput(f"{units.quote(value)} is not a file", hint="type the path of a text file, or `bundled`")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from knowledge_base import units
 from knowledge_base.errors import BadInput
+from planner.run_forecast import in_short
 from planner.wizard.answers import Answers
 from planner.wizard.screens import model
 from planner.wizard.screens._screen import Grid, Screen, View
@@ -55,6 +56,12 @@ def as_yaml(answers: Answers) -> str:
     return origin + _yaml.write_yaml(dict(answers.spec))
 
 
+def _expected(view: View) -> list[str]:
+    """Return what the run will take, where there is to be one here."""
+    there = view.outlook is not None and view.outlook.spec.hardware == "local" and view.outlook.weights_here
+    return [in_short(view.outlook.run)] if view.outlook and there else []
+
+
 SCREEN = Screen(
     name="review",
     title="Is this right?",
@@ -63,7 +70,12 @@ SCREEN = Screen(
     grid=_grid,
     change=_change,
     words=(*THEN, "file"),
-    remarks=lambda view: [*model.warnings(view), *contradictions(view), *as_yaml(view.answers).splitlines()],
+    remarks=lambda view: [
+        *model.warnings(view),
+        *contradictions(view),
+        *_expected(view),
+        *as_yaml(view.answers).splitlines(),
+    ],
     more="`leanplan plan FILE` runs it at any time, `leanplan check FILE` judges it in CI, "
     "`leanplan help spec` explains every key. `b` goes back to change an answer.",
 )

@@ -1,0 +1,98 @@
+"""What every engine file asks alike: what is installed, what it may store, which runtime keys it honours."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from knowledge_base.errors import CandidateFailed
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")  # that an engine starts from
+
+# What the value of a runtime key must satisfy, and the words for it.
+Rule = tuple[Callable[[Any], bool], str]
+AT_LEAST_ONE: Rule = (lambda v: type(v) is int and v >= 1, "an integer of at least 1")
+TRUE: Rule = (lambda v: v is True, "true, or no such key")
+KV_BITS: Rule = (lambda v: v in (8, 4), "8 or 4")
+
+
+def missing(modules: Iterable[str], extra: str | None = None) -> str | None:
+    """Return which modules are not installed, with the command that installs them, or None. Imports nothing."""
+    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
+    install = f'"leanplan[{extra}]"' if extra else " ".join(lacking)
+    return f"{', '.join(lacking)} not installed; pip install {install}" if lacking else None
+
+
+def versions(modules: Iterable[str]) -> dict[str, str]:
+    """Return the versions of modules by distribution."""
+    return {name: importlib.metadata.version(name) for name in modules}
+
+
+def why_not_stored(weight_dtype: str) -> str | None:
+    """Return why an engine does not start from weights stored so, or None."""
+    if weight_dtype in WEIGHT_DTYPES:
+        return None
+    return f"weights are stored as {weight_dtype}; this engine starts from {', '.join(WEIGHT_DTYPES)}"
+
+
+def require_storage(engine: str, storage: Mapping[str, Any], own: Collection[str] = ()) -> None:
+    """Refuse storage choices that are another engine's.
+
+    Raises:
+        CandidateFailed: "unsupported".
+    """
+    if other := sorted(storage.keys() - set(own)):
+        raise CandidateFailed(
+            "unsupported", f"the {engine} engine has no storage choice {', '.join(f'`{key}`' for key in other)}",
+            hint="plan this step with an engine that offers it",
+        )  # fmt: skip
+
+
+def require_runtime(engine: str, runtime: Mapping[str, Any], known: Mapping[str, Rule]) -> None:
+    """Refuse a runtime key or value that an engine has no way to honour.
+
+    Raises:
+        CandidateFailed: "unsupported".
+    """
+    for key, value in runtime.items():
+        if key not in known:
+            raise CandidateFailed(
+                "unsupported", f"unknown runtime key `{key}`", hint=f"the {engine} engine knows {', '.join(known)}"
+            )
+        valid, words = known[key]
+        if not valid(value):
+            raise CandidateFailed(
+                "unsupported", f"runtime key `{key}` is {value!r}, expected {words}", hint="rebuild the artefact"
+            )
+
+
+def require_one_drafter(runtime: Mapping[str, Any]) -> None:
+    """Refuse two ways to guess tokens, and guesses for several texts at once.
+
+    Raises:
+        CandidateFailed: "unsupported".
+    """
+    guessing = [key for key in ("lookup_tokens", "draft_tokens") if key in runtime]
+    with_what = ""
+    if len(guessing) == 2:
+        with_what = f"`{guessing[1]}`: an answer is written in one way"
+    elif guessing and runtime.get("batch", 1) > 1:
+        with_what = "batches: sequences would go on by different numbers of tokens"
+    if with_what:
+        raise CandidateFailed(
+            "unsupported", f"`{guessing[0]}` does not go with {with_what}", hint="choose one of the two"
+        )
+
+
+def require_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse an artefact folder that lacks one of its files.
+
+    Raises:
+        CandidateFailed: "load_error".
+    """
+    for name in names:
+        if not (folder / name).is_file():
+            raise CandidateFailed("load_error", f"{folder.name} holds no {name}", hint="build the artefact again")
