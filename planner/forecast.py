@@ -338,7 +338,7 @@ class Forecast:
         model, hardware = outlook.model, outlook.hardware
         calibration = learned(Store(self.store).records(hardware.fingerprint), model, spec.workload, hardware)
         problem = replace(outlook.priced.problem, calibration=calibration)
-        there, some = room(spec, hardware.memory_limit_bytes, run_root), sample(problem)
+        there, some = room(spec, model, hardware.memory_limit_bytes, run_root), sample(problem)
         fitting = there.fitting(some)
         forecast = foresee(
             spec,

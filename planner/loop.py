@@ -438,7 +438,7 @@ class Run:
         )  # fmt: skip
 
     def _room(self) -> Room:
-        return room(self.spec, self.prepared.hardware.memory_limit_bytes, self.settings.run_root)
+        return room(self.spec, self.prepared.model, self.prepared.hardware.memory_limit_bytes, self.settings.run_root)
 
     def _require_room(self) -> None:
         """Refuse a run that memory or disk cannot suffice for, before any work."""

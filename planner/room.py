@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knowledge_base import units
-from planner.foreseeing import RUN_FILES_BYTES, building_bytes, reference_bytes
+from planner.foreseeing import RUN_FILES_BYTES, building_bytes, reference_bytes, scoring_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from knowledge_base.types import Model
     from planner.spec import Spec
     from search.problem import Priced
 
@@ -28,13 +29,15 @@ class Room:
     memory_limit_bytes: float  # of one candidate: the spec's, or the machine's
     disk_bytes: float  # free where runs are written
     disk_limit_bytes: float  # of one candidate
+    scoring_bytes: float  # of memory, beside the open model
 
     def beyond(self, priced: Priced) -> dict[str, np.ndarray]:
         """Return, by what there is too little of, (plans,) booleans: predicted to need more than there is."""
         import numpy as np
 
-        serve = 0 if priced.problem.hardware.device.kind == "gpu" else priced.figures["peak_memory_bytes"].mid
-        memory = np.maximum(serve, SURE_SHARE * building_bytes(priced))
+        on_gpu = priced.problem.hardware.device.kind == "gpu"
+        serve = 0 if on_gpu else priced.figures["peak_memory_bytes"].mid
+        memory = np.maximum(serve + self.scoring_bytes, SURE_SHARE * building_bytes(priced))
         artefact = priced.figures["artefact_bytes"].mid
         return {
             f"the memory that is free ({_bytes(self.memory_bytes)})": memory > self.memory_bytes,
@@ -79,7 +82,7 @@ class Room:
         return tuple(told)
 
 
-def room(spec: Spec, limit_bytes: int, folder: Path) -> Room:
+def room(spec: Spec, model: Model, limit_bytes: int, folder: Path) -> Room:
     """Return what is free now.
 
     Args:
@@ -93,6 +96,7 @@ def room(spec: Spec, limit_bytes: int, folder: Path) -> Room:
         memory_bytes=min(psutil.virtual_memory().available, limit_bytes),
         memory_limit_bytes=min(spec.limits.memory_bytes or limit_bytes, limit_bytes),
         disk_bytes=shutil.disk_usage(place).free, disk_limit_bytes=spec.limits.disk_bytes,
+        scoring_bytes=scoring_bytes(spec, model),
     )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ def _build(checkpoint: Path, folder: Path, cache: Path, precision: tuple[str, ..
             builder = _builder()
             given = (None, str(checkpoint), str(folder), precision[0], "cpu", str(cache))
             builder.create_model(*given, **builder.parse_extra_options(*given, [*_OPTIONS, *precision[1:]]))
+    # The builder has no errors of its own: what it does not know of a model ends in one of these.
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise unsupported(

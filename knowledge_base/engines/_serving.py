@@ -10,7 +10,7 @@ request after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -50,6 +50,23 @@ class Texts(Protocol):
     def reading(self) -> Callable[[int], str]:
         """Return a function that takes an answer's tokens one by one and gives the text each completes."""
         ...
+
+
+def tell(tokens: Iterable[int], wanted: Wanted, texts: Texts, told: Told) -> str:
+    """Tell the text of each token; return why the answer ended. The end-of-text token has no text."""
+    stop, text = stops(wanted, texts), texts.reading()
+    for token in tokens:
+        if token in stop:
+            told(Piece("", 1))
+            return STOP
+        if not told(Piece(text(token), 1)):
+            return CANCELLED
+    return LENGTH
+
+
+def stops(wanted: Wanted, texts: Texts) -> frozenset[int]:
+    """Return the tokens that end an answer."""
+    return frozenset() if wanted.ignore_eos else texts.end
 
 
 class OneByOneOnly(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,45 @@ def require_runtime(engine: str, runtime: Mapping[str, Any], known: Mapping[str,
             )
 
 
-def require_one_drafter(runtime: Mapping[str, Any]) -> None:
-    """Refuse two ways to guess tokens, and guesses for several texts at once.
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Which runtime keys go together.
+
+    one_of: keys of which one is used at most, and why.
+    needs: keys, each with another it means nothing without.
+    clashes: keys, another, what the keys are, what stands against them in the other: none of the keys goes with it.
+    """
+
+    one_of: tuple[tuple[tuple[str, ...], str], ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
+    clashes: tuple[tuple[tuple[str, ...], str, str, str], ...] = ()
+
+
+BATCHES = "batches"  # stands for a batch of more than one
+ONE_WAY = "an answer is written in one way"
+OTHER_LENGTHS = "batches: sequences would go on by different numbers of tokens"
+
+
+def require_together(runtime: Mapping[str, Any], together: Together) -> None:
+    """Refuse runtime keys that mean nothing together, or nothing alone.
 
     Raises:
         CandidateFailed: "unsupported".
     """
-    guessing = [key for key in ("lookup_tokens", "draft_tokens") if key in runtime]
-    with_what = ""
-    if len(guessing) == 2:
-        with_what = f"`{guessing[1]}`: an answer is written in one way"
-    elif guessing and runtime.get("batch", 1) > 1:
-        with_what = "batches: sequences would go on by different numbers of tokens"
-    if with_what:
-        raise CandidateFailed(
-            "unsupported", f"`{guessing[0]}` does not go with {with_what}", hint="choose one of the two"
-        )
+    for keys, why in together.one_of:
+        if len(there := [key for key in keys if key in runtime]) > 1:
+            raise _clash(f"`{there[0]}`", f"`{there[1]}`: {why}")
+    for key, other in together.needs:
+        if key in runtime and other not in runtime:
+            raise CandidateFailed("unsupported", f"`{key}` is set without `{other}`", hint="rebuild the artefact")
+    asked = {*runtime, BATCHES} if runtime.get("batch", 1) > 1 else runtime.keys()
+    for keys, other, what, with_what in together.clashes:
+        if other in asked and any(key in asked for key in keys):
+            raise _clash(what, with_what)
+
+
+def _clash(what: str, with_what: str) -> CandidateFailed:
+    return CandidateFailed("unsupported", f"{what} does not go with {with_what}", hint="choose one of the two")
 
 
 def require_files(folder: Path, names: Iterable[str]) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
 from knowledge_base.engines._running import require
-from knowledge_base.engines._serving import CANCELLED, LENGTH, STOP, Piece, Texts, Told, Wanted
+from knowledge_base.engines._serving import Texts, Told, Wanted, stops, tell
 from knowledge_base.errors import CandidateFailed
 
 THREAD = "engine steps"
@@ -64,21 +64,10 @@ class SteppedServer:
     def answer(self, wanted: Wanted, told: Told) -> str:
         """Tell each token's text; see `_serving.Server.answer`. The end-of-text token has none."""
         require([wanted.prompt], wanted.new_tokens, context=self.context_tokens, vocabulary=self._vocabulary)
-        stop = frozenset() if wanted.ignore_eos else self._texts.end
-        text = self._texts.reading()
         number, heard = next(self._numbers), Heard()
-        self._orders.put(partial(self._begin, number, wanted, stop, heard))
+        self._orders.put(partial(self._begin, number, wanted, stops(wanted, self._texts), heard))
         try:
-            for _ in range(wanted.new_tokens):
-                token = heard.get()
-                if isinstance(token, CandidateFailed):
-                    raise token
-                if token in stop:
-                    told(Piece("", 1))
-                    return STOP
-                if not told(Piece(text(token), 1)):
-                    return CANCELLED
-            return LENGTH
+            return tell(_heard(heard, wanted.new_tokens), wanted, self._texts, told)
         finally:
             self._orders.put(partial(self._drop, number))
 
@@ -107,13 +96,14 @@ class SteppedServer:
 
     def _begin(self, number: int, wanted: Wanted, stop: frozenset[int], heard: Heard) -> None:
         if self._fault:
-            return heard.put(self._fault)
+            heard.put(self._fault)
+            return
         try:
             self._engine.begin(number, wanted, stop)
-        except Exception as error:
-            return heard.put(_failure(error))
-        self._waiting[number] = heard
-        return None
+        except Exception as error:  # whatever it is, who waits must hear of it
+            heard.put(_failure(error))
+        else:
+            self._waiting[number] = heard
 
     def _hand_out(self, number: int, tokens: Sequence[int], over: bool) -> None:
         heard = self._waiting[number]
@@ -126,6 +116,14 @@ class SteppedServer:
     def _drop(self, number: int) -> None:
         if self._waiting.pop(number, None) is not None and not self._fault:
             self._engine.drop(number)
+
+
+def _heard(heard: Heard, most: int) -> Iterator[int]:
+    for _ in range(most):
+        token = heard.get()
+        if isinstance(token, CandidateFailed):
+            raise token
+        yield token
 
 
 def _failure(error: Exception) -> CandidateFailed:

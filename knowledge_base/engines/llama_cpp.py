@@ -1,4 +1,4 @@
-"""llama.cpp on the CPU, through the library in the xllamacpp wheel: the fastest decoding of the two engines.
+"""llama.cpp on the CPU, through the library in the xllamacpp wheel.
 
 `accepts` and `find` import neither torch nor the library's Python classes; the library itself takes about 20 ms to
 load and check.
@@ -43,6 +43,11 @@ _RUNTIME = {
     "lookup_tokens": _shared.AT_LEAST_ONE,
     "draft_tokens": _shared.AT_LEAST_ONE,
 }
+_DRAFTS = ("lookup_tokens", "draft_tokens")
+_TOGETHER = _shared.Together(
+    one_of=((_DRAFTS, _shared.ONE_WAY),),
+    clashes=((_DRAFTS, _shared.BATCHES, "guessing tokens", _shared.OTHER_LENGTHS),),
+)
 
 
 def find() -> str | None:
@@ -123,6 +128,6 @@ def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, t
 def _checked(folder: Path, runtime: Mapping[str, Any]) -> Path:
     """Return the model file of an artefact whose runtime this engine can honour."""
     _shared.require_runtime("llama_cpp", runtime, _RUNTIME)
-    _shared.require_one_drafter(runtime)
+    _shared.require_together(runtime, _TOGETHER)
     _shared.require_files(folder, (FILE, DRAFT) if "draft_tokens" in runtime else (FILE,))
     return folder / FILE

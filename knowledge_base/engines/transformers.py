@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.engines import _shared
-from knowledge_base.errors import CandidateFailed
 from knowledge_base.types import Engine, Model, Session
 
 if TYPE_CHECKING:
@@ -58,6 +57,31 @@ _RUNTIME = {
         "a list of names of modules, each once",
     ),
 }
+
+# Ways to write an answer, and ways to look at less of the prompt: one of each at most.
+_DRAFTS = ("lookup_tokens", "draft_tokens", "exit_layers")
+_PRUNED = ("kv_evict", "prompt_keep", "block_keep", "prompt_times")
+_TOGETHER = _shared.Together(
+    one_of=((_DRAFTS, _shared.ONE_WAY), (_PRUNED, "both choose what is looked at of the prompt")),
+    needs=(
+        ("draft_layers", "draft_tokens"), ("exit_layers", "exit_confidence"), ("exit_confidence", "exit_layers"),
+        ("kv_evict", "kv_keep"), ("kv_keep", "kv_evict"),
+    ),
+    clashes=(
+        (_DRAFTS, _shared.BATCHES, "guessing tokens", _shared.OTHER_LENGTHS),
+        (_DRAFTS, "compile", "guessing tokens", "torch.compile: each number of tokens is another shape to compile"),
+        (("kv_bits",), "compile", "a quantised KV cache", "torch.compile: the compiled step needs a cache of fixed size"),
+        (_PRUNED, "compile", "keeping a part of the prompt", "torch.compile: the compiled step needs a cache of fixed size"),
+        (_PRUNED, "ffn_keep", "keeping a part of the prompt", "neurons chosen by the prompt: both are scored as they decode"),
+        (_PRUNED, "attention", "keeping a part of the prompt", "an attention kernel of its own, which brings another"),
+        (("attention",), "compile", "an attention kernel of its own", "torch.compile, which brings another"),
+        (("ffn_keep",), _shared.BATCHES, "choosing neurons by the prompt", "batches: each prompt would choose others"),
+        (("ffn_keep",), "compile", "choosing neurons by the prompt", "torch.compile: every prompt makes another model"),
+        (("exit_layers",), "ffn_keep", "early exit", "neurons chosen by the prompt: each is scored in a way of its own"),
+        (("offload",), "compile", "offloading", "torch.compile: compiled code holds the addresses of weights, which move"),
+        (("offload",), "ffn_keep", "offloading", "neurons chosen by the prompt: what is not in memory cannot be put aside"),
+    ),
+)  # fmt: skip
 
 
 def find() -> str | None:
@@ -127,7 +151,7 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
             "load_error" when files are missing, damaged or do not fit each other.
     """
     _shared.require_runtime("transformers", runtime, _RUNTIME)
-    _require_together(runtime)
+    _shared.require_together(runtime, _TOGETHER)
     from knowledge_base.engines import (
         _torch_artefact,
         _torch_attention,
@@ -151,54 +175,3 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
         pruning=_torch_pruning.pruning_of(model, runtime),
         offloaded=_torch_offload.offloaded(model, parts, weights, device) if parts else None,
     )
-
-
-# Ways to write an answer, and ways to look at less of the prompt: one of each at most.
-_DRAFTS = ("lookup_tokens", "draft_tokens", "exit_layers")
-_PRUNED = ("kv_evict", "prompt_keep", "block_keep", "prompt_times")
-_ONE_OF: tuple[tuple[tuple[str, ...], str], ...] = (
-    (_DRAFTS, "an answer is written in one way"),
-    (_PRUNED, "both choose what is looked at of the prompt"),
-)
-_NEEDS = (
-    ("draft_layers", "draft_tokens"), ("exit_layers", "exit_confidence"), ("exit_confidence", "exit_layers"),
-    ("kv_evict", "kv_keep"), ("kv_keep", "kv_evict"),
-)  # fmt: skip
-_BATCHES = "batches"  # stands for a batch of more than one
-# (keys, another, what the keys are, what stands against them in the other): none of the keys goes with the other.
-_CLASHES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
-    (_DRAFTS, _BATCHES, "guessing tokens", "batches: sequences would go on by different numbers of tokens"),
-    (_DRAFTS, "compile", "guessing tokens", "torch.compile: each number of tokens is another shape to compile"),
-    (("kv_bits",), "compile", "a quantised KV cache", "torch.compile: the compiled step needs a cache of fixed size"),
-    (_PRUNED, "compile", "keeping a part of the prompt", "torch.compile: the compiled step needs a cache of fixed size"),
-    (_PRUNED, "ffn_keep", "keeping a part of the prompt", "neurons chosen by the prompt: both are scored as they decode"),
-    (_PRUNED, "attention", "keeping a part of the prompt", "an attention kernel of its own, which brings another"),
-    (("attention",), "compile", "an attention kernel of its own", "torch.compile, which brings another"),
-    (("ffn_keep",), _BATCHES, "choosing neurons by the prompt", "batches: each prompt would choose others"),
-    (("ffn_keep",), "compile", "choosing neurons by the prompt", "torch.compile: every prompt makes another model"),
-    (("exit_layers",), "ffn_keep", "early exit", "neurons chosen by the prompt: each is scored in a way of its own"),
-    (("offload",), "compile", "offloading", "torch.compile: compiled code holds the addresses of weights, which move"),
-    (("offload",), "ffn_keep", "offloading", "neurons chosen by the prompt: what is not in memory cannot be put aside"),
-)  # fmt: skip
-
-
-def _require_together(runtime: Mapping[str, Any]) -> None:
-    """Refuse runtime keys that mean nothing together, or nothing alone.
-
-    Raises:
-        CandidateFailed: "unsupported".
-    """
-    for keys, why in _ONE_OF:
-        if len(there := [key for key in keys if key in runtime]) > 1:
-            raise _clash(f"`{there[0]}`", f"`{there[1]}`: {why}")
-    for key, other in _NEEDS:
-        if key in runtime and other not in runtime:
-            raise CandidateFailed("unsupported", f"`{key}` is set without `{other}`", hint="rebuild the artefact")
-    asked = {*runtime, _BATCHES} if runtime.get("batch", 1) > 1 else runtime.keys()
-    for keys, other, what, with_what in _CLASHES:
-        if other in asked and any(key in asked for key in keys):
-            raise _clash(what, with_what)
-
-
-def _clash(what: str, with_what: str) -> CandidateFailed:
-    return CandidateFailed("unsupported", f"{what} does not go with {with_what}", hint="choose one of the two")

@@ -185,9 +185,10 @@ def swept(asked: Asked, key: Key, numbers: Sequence[Number]) -> Sweep:
         BadInput: a number the model or the plan cannot have; EnvironmentProblem: as `price`.
     """
     points = [_at(asked, key, number) for number in numbers]
+    everywhere = [note for note in points[0].notes if all(note in priced.notes for priced in points)]
     return Sweep(
         model=asked.model.name, hardware=asked.hardware.name, words=asked.plan.words, key=key,
-        memory_limit_bytes=float(points[0].limit_bytes), coverage=points[0].coverage, notes=[note for note in points[0].notes if all(note in priced.notes for priced in points)],
+        memory_limit_bytes=float(points[0].limit_bytes), coverage=points[0].coverage, notes=everywhere,
         points=[_point(number, priced) for number, priced in zip(numbers, points)],
         largest_that_fits=_largest(asked, key, numbers, points),
     )  # fmt: skip

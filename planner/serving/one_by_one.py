@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
-from knowledge_base.engines._serving import CANCELLED, LENGTH, STOP, Piece, Told, Wanted
+from knowledge_base.engines._serving import Told, Wanted, stops, tell
 from knowledge_base.errors import CandidateFailed
 
 if TYPE_CHECKING:
@@ -27,17 +27,10 @@ class OneByOne:
 
     def answer(self, wanted: Wanted, told: Told) -> str:
         """Tell each token's text; see `Server.answer`. The end-of-text token has none."""
-        stop = frozenset() if wanted.ignore_eos else self._texts.end
-        text = self._texts.reading()
+        stop = stops(wanted, self._texts)
         stream = self._running.stream(wanted.prompt, wanted.new_tokens, sampling=wanted.sampling, stop=stop)
         with closing(cast(Any, stream)):
-            for token in stream:
-                if token in stop:
-                    told(Piece("", 1))
-                    return STOP
-                if not told(Piece(text(token), 1)):
-                    return CANCELLED
-        return LENGTH
+            return tell(stream, wanted, self._texts, told)
 
     def close(self) -> None:
         """Free the model."""

@@ -136,7 +136,7 @@ def test_more_room_never_stands_in_the_way(
     def room(extra: float) -> Room:
         return Room(
             memory_bytes=memory + extra, memory_limit_bytes=memory + extra, disk_bytes=disk + extra,
-            disk_limit_bytes=disk + extra,
+            disk_limit_bytes=disk + extra, scoring_bytes=less,
         )  # fmt: skip
 
     unchanged = priced.problem.price([priced.problem.space.unchanged()])
@@ -144,7 +144,9 @@ def test_more_room_never_stands_in_the_way(
     tight, wide = (sum(int(n.sum()) for n in room(extra).beyond(priced).values()) for extra in (0, more))
     assert wide <= tight
     assert not room(2**60).obstacles(SPEC, unchanged)
-    said = Room(memory_bytes=1, memory_limit_bytes=1, disk_bytes=1, disk_limit_bytes=1).obstacles(SPEC, unchanged)
+    said = Room(memory_bytes=1, memory_limit_bytes=1, disk_bytes=1, disk_limit_bytes=1, scoring_bytes=less).obstacles(
+        SPEC, unchanged
+    )
     assert [word in " ".join(said) for word in ("limits.memory", "limits.disk", "leanplan clean")] == [True] * 3
 
 

@@ -10,6 +10,7 @@ from planner.serving.exports import Deployment
 SUMMARY = "the GGUF file and llama-server's command line"
 FILE = "model.gguf"
 KNOWN = ("threads", "batch", "kv_bits", "prefix_cache", "prefill_chunk")
+DRAFTING = ("lookup_tokens", "draft_tokens")  # llama-server has both, by rules of its own
 UBATCH = 512  # tokens that llama.cpp computes at once, unless told otherwise
 CACHE_TYPES = {8: "q8_0", 4: "q4_1"}
 
@@ -17,6 +18,8 @@ CACHE_TYPES = {8: "q8_0", 4: "q4_1"}
 def refuses(deployment: Deployment) -> str | None:
     if FILE not in deployment.manifest["files"]:
         return f"plan {deployment.plan.id} is made for the {deployment.plan.engine} engine and holds no GGUF file"
+    if drafting := sorted(deployment.runtime.keys() & set(DRAFTING)):
+        return f"llama-server drafts in another way than plan {deployment.plan.id} was measured with (`{drafting[0]}`)"
     other = sorted(deployment.runtime.keys() - set(KNOWN))
     return f"llama-server has no setting for `{other[0]}`" if other else None
 
