@@ -176,7 +176,7 @@ def _as_they_are(demand: Demand) -> tuple[str, float]:
 
 def _computing(demand: Demand, device: Device) -> Demand:
     dtype = next((name for name in ("bfloat16", "float16") if name in device.flop_per_s), "bfloat16")
-    return replace(demand, compute_dtype=dtype)
+    return demand.but(compute_dtype=dtype)
 
 
 def _rate(device: Device, weight_class: str) -> tuple[float, list[str]]:

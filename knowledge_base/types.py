@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from knowledge_base.build_memory import CALIBRATED, PLAIN, TRAINED, BuildMemory
 from knowledge_base.serde import UNSAID, digest
@@ -20,8 +20,25 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- what is given
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class Changing:
+    """A frozen record without slots of which searches make millions, each like another but for some values."""
+
+    def but(self, **changes: Any) -> Self:
+        """Return this with other values: `dataclasses.replace` in a fraction of its time.
+
+        Raises:
+            TypeError: there is no such value.
+        """
+        values = vars(self)
+        if not changes.keys() <= values.keys():
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(changes.keys() - values.keys()))}")
+        other = object.__new__(type(self))
+        vars(other).update(values, **changes)
+        return other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Changing):
     """A language model as its config.json and safetensors headers describe it; nothing is loaded.
 
     `digest` covers config, tokenizer and weight files, so it keys caches. Counts are in parameters. Of an
@@ -345,8 +362,8 @@ class Engine:
 # ---------------------------------------------------------------- what a plan asks of any machine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+@dataclass(frozen=True, kw_only=True)
+class Demand(Changing):
     """What a plan asks of *any* machine. Techniques rewrite it, cost terms read it.
 
     Weights are counted in three parts because techniques treat them apart: `linear` (2-D weights inside the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from knowledge_base.techniques import weight_gguf
 from knowledge_base.types import Demand, Model
@@ -53,8 +52,7 @@ def drafting(
     """Return the demand with tokens drafted one by one, each reading `draft_bytes`, and checked in one pass."""
     count = drafted_tokens(accepted, draft_bytes / (read_bytes(demand) + demand.head_read_bytes), most)
     gain = tokens_for_each_step(accepted, count)
-    return replace(
-        demand,
+    return demand.but(
         draft_bytes_per_step=demand.draft_bytes_per_step + count * draft_bytes,
         draft_flop_per_step=demand.draft_flop_per_step + count * draft_flop,
         draft_kernels_per_step=demand.draft_kernels_per_step + count * draft_kernels,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Demand, Model
 
@@ -32,12 +30,12 @@ def fewer(demand: Demand, keep: float) -> Demand:
     router = model.layers * (model.experts - kept) * model.hidden_size
     removed = 3 * model.ffn_size * router + router
     left = 1 - removed / demand.linear_params
-    smaller = replace(
-        model, experts=kept, linear_params=round(model.linear_params - removed),
+    smaller = model.but(
+        experts=kept, linear_params=round(model.linear_params - removed),
         params_total=round(model.params_total - removed), params_active=round(model.params_active - router),
     )  # fmt: skip
-    after = replace(
-        demand, model=smaller, linear_params=demand.linear_params - removed, linear_bytes=demand.linear_bytes * left,
+    after = demand.but(
+        model=smaller, linear_params=demand.linear_params - removed, linear_bytes=demand.linear_bytes * left,
         linear_flop_per_token=demand.linear_flop_per_token - 2 * router,
         build_flop=demand.build_flop + CALIBRATION_TOKENS * 4 * demand.linear_flop_per_token,
     )  # fmt: skip

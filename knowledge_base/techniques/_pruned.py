@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from knowledge_base.types import Demand, Model, Workload
 
@@ -49,8 +48,7 @@ def cached(demand: Demand, tokens: float, *, scored: float = 0.0) -> Demand:
     """
     whole = demand.workload.prompt_tokens + demand.workload.output_tokens
     share = min(1.0, tokens / whole)
-    return replace(
-        demand,
+    return demand.but(
         kv_bytes_per_token=demand.kv_bytes_per_token * share,
         attention_flop_per_token_pair=demand.attention_flop_per_token_pair * share,
         prompt_pairs_ratio=demand.prompt_pairs_ratio * (1 + scored) / share,
@@ -66,13 +64,12 @@ def shortened(demand: Demand, *, share: float, pairs: float, tokens: float) -> D
         tokens: in the cache at full length, all layers' mean.
     """
     after = cached(demand, tokens)
-    return replace(after, prompt_share=after.prompt_share * share, prompt_pairs_ratio=after.prompt_pairs_ratio * pairs)
+    return after.but(prompt_share=after.prompt_share * share, prompt_pairs_ratio=after.prompt_pairs_ratio * pairs)
 
 
 def priced(demand: Demand, loss: tuple[float, float], because: str) -> Demand:
     """Return the demand with a loss of (log perplexity ratio, its standard deviation) and the reason told."""
-    return replace(
-        demand,
+    return demand.but(
         perplexity_ratio=demand.perplexity_ratio * math.exp(loss[0]),
         perplexity_log_sd=math.hypot(demand.perplexity_log_sd, loss[1]),
         because=(*demand.because, because),

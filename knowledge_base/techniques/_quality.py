@@ -22,8 +22,7 @@ def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
     if (left := dict(demand.eased).get(loss.group, 1.0)) < 1:
         loss = replace(loss, mid=left * loss.mid, low=left * loss.low, high=left * loss.high, sd=left * loss.sd)
     shared = sum(2 * loss.sd * before.sd for before in demand.losses if lose_more_together(before, loss))
-    return replace(
-        demand,
+    return demand.but(
         perplexity_ratio=demand.perplexity_ratio * math.exp(loss.mid),
         perplexity_log_sd=math.sqrt(demand.perplexity_log_sd**2 + loss.sd**2 + shared),
         losses=(*demand.losses, loss),
@@ -36,6 +35,4 @@ def eased(demand: Demand, **left: float) -> Demand:
     Two steps that ease the same rounding are as good as the better one.
     """
     before = dict(demand.eased)
-    return replace(
-        demand, eased=tuple(sorted((before | {g: min(s, before.get(g, 1.0)) for g, s in left.items()}).items()))
-    )
+    return demand.but(eased=tuple(sorted((before | {g: min(s, before.get(g, 1.0)) for g, s in left.items()}).items())))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.errors import CandidateFailed
@@ -66,8 +65,7 @@ def zeroed(demand: Demand, sparsity: float, passes: int) -> Demand:
     Args:
         passes: over the calibration text.
     """
-    return replace(
-        demand,
+    return demand.but(
         zeros_share=sparsity,
         build_flop=demand.build_flop + 2 * passes * demand.linear_params * CALIBRATION_TOKENS,
         because=(*demand.because, f"{sparsity:.0%} zeros: same bytes and arithmetic, dense kernels skip nothing"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from knowledge_base.types import Demand, Model
 
@@ -114,8 +113,7 @@ def packed(
     model = demand.model
     matrices = 4 + (3 if model.gated_ffn else 2) * max(model.experts_active, 1)  # that a token goes through
     before = demand.linear_bytes / demand.linear_params * 8
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_params * bits / 8,
         weight_format=weight_format,
         compute_dtype=compute_dtype or demand.compute_dtype,

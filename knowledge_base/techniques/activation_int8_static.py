@@ -7,7 +7,6 @@ more where activations have outliers: smooth_quant or rotate come before.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.techniques import _weights
@@ -62,8 +61,7 @@ def rewrite(demand: Demand) -> Demand:
     demand = _weights.packed(
         demand, bits=bits, weight_format="int8_dynamic", kernels=_ROUNDING_KERNELS, compute_dtype="int8"
     )
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_bytes + 4 * matrices * demand.layers,  # the scale of each matrix's activations
         build_flop=demand.build_flop + 4 * demand.linear_params * 16_384,  # two passes over about 16k tokens
     )

@@ -11,7 +11,6 @@ in float32 0.37 against 2.1; 768x256 gains nothing. Prompts and batches gain not
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.techniques import _weights
@@ -64,8 +63,7 @@ def rewrite(demand: Demand, *, sparsity: float) -> Demand:
     """Return the demand with fewer weights read for each output token, and the work of choosing them."""
     loss, sd = _LOSS[sparsity]
     matrices = 7 if demand.model.gated_ffn else 6
-    return replace(
-        demand,
+    return demand.but(
         output_share=demand.output_share * (1 - sparsity),
         kernels_per_step=demand.kernels_per_step + _KERNELS * matrices * demand.layers,
         build_flop=demand.build_flop + 8 * demand.linear_params * 16_384,  # four passes over about 16k tokens

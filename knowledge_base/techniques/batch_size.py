@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -57,7 +56,7 @@ def legal(knobs: Mapping[str, int], model: Model, workload: Workload, hardware: 
 
 def rewrite(demand: Demand, *, count: int) -> Demand:
     """Return the demand with `count` sequences in each step."""
-    return replace(demand, batch=count, because=(*demand.because, f"{count} requests share each read of the weights"))
+    return demand.but(batch=count, because=(*demand.because, f"{count} requests share each read of the weights"))
 
 
 def execute(session: Session, *, count: int) -> None:

@@ -10,7 +10,6 @@ budget that this is for is one on `itl_p95`, which only measuring tells.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.techniques.batch_size import arriving
@@ -60,8 +59,8 @@ def legal(knobs: Mapping[str, int], model: Model, workload: Workload, hardware: 
 
 def rewrite(demand: Demand, *, tokens: int) -> Demand:
     """Return the demand with prompts read in pieces."""
-    return replace(
-        demand, prefill_step_tokens=float(tokens), because=(*demand.because, f"prompts read {tokens} tokens at a time")
+    return demand.but(
+        prefill_step_tokens=float(tokens), because=(*demand.because, f"prompts read {tokens} tokens at a time")
     )
 
 

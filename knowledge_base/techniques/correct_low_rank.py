@@ -10,7 +10,6 @@ matrices: rank 32 adds 0.25 bits a weight to a 4096x4096 matrix, and 4 bits to o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +75,7 @@ def rewrite(demand: Demand, *, rank: int) -> Demand:
     params = demand.layers * rank * sum(sum(shape) for shape in matrices(model))
     kept = 1 - recovered(model, rank)
     inputs = sum(in_features**2 for _, in_features in matrices(model))
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_bytes + 2 * params,
         linear_flop_per_token=demand.linear_flop_per_token + 2 * params,
         kernels_per_step=demand.kernels_per_step + 4 * len(matrices(model)) * demand.layers,

@@ -8,8 +8,6 @@ Where the unchanged model's distributions are at hand, recover_lora learns more 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.build_memory import FULLY_TRAINED
 from knowledge_base.techniques.recover_lora import (
     CALIBRATION_TOKENS,
@@ -56,8 +54,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     recovered = _RECOVERED[steps]
     forward_flop = demand.linear_flop_per_token + demand.head_flop_per_token
     flop = training_flop(demand, steps, passes=2) + forward_flop * CALIBRATION_TOKENS
-    return replace(
-        demand,
+    return demand.but(
         perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * flop,
         because=(

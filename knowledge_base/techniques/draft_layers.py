@@ -8,8 +8,6 @@ assumed here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques import _drafts
 from knowledge_base.types import Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -56,7 +54,7 @@ def rewrite(demand: Demand) -> Demand:
     """Return the demand with fewer, wider decode steps, and first layers that are read once more for each drafted token."""
     read, flop, kernels = _drafts.guess_of(demand, SHARE)
     first = _drafts.first_layers(demand.model, SHARE)
-    demand = replace(demand, other_bytes=demand.other_bytes + _drafts.lens_bytes(demand))
+    demand = demand.but(other_bytes=demand.other_bytes + _drafts.lens_bytes(demand))
     return _drafts.drafting(
         demand, accepted=_ACCEPTED, most=MOST, draft_bytes=read, draft_flop=flop, draft_kernels=kernels,
         why=f"drafts of the first {first} layers",

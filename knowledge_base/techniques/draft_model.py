@@ -7,8 +7,6 @@ the same. Own runs, models/tiny-lm with tiny-lm-draft, the draft alone: 0.40 of 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques import _drafts
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -65,8 +63,7 @@ def rewrite(demand: Demand, *, tokens: int) -> Demand:
     flop = 2.0 * (draft.params_active - (0 if draft.tied_embeddings else draft.embedding_params))
     workload = demand.workload
     prompt_flop = flop * workload.prompt_tokens * demand.tokens_per_step / max(1, workload.output_tokens - 1)
-    demand = replace(
-        demand,
+    demand = demand.but(
         other_bytes=demand.other_bytes + stored,
         kv_bytes_per_token=demand.kv_bytes_per_token + cache,
         draft_flop_per_step=demand.draft_flop_per_step + prompt_flop,

@@ -8,7 +8,6 @@ the text for each that goes. `by="loss"` tries each layer and takes the one whos
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques._quality import loss_after
@@ -68,8 +67,7 @@ def rewrite(demand: Demand, *, count: int, by: str) -> Demand:
     share = 1 - count / model.layers
     removed = demand.linear_params * (1 - share)
     active = demand.linear_flop_per_token / 2 * (1 - share)
-    shallower = replace(
-        model,
+    shallower = model.but(
         layers=model.layers - count,
         attention_layers=round(model.attention_layers * share),
         state_bytes=round(model.state_bytes * share),
@@ -78,8 +76,7 @@ def rewrite(demand: Demand, *, count: int, by: str) -> Demand:
         params_active=round(model.params_active - active),
     )
     demand = loss_after(demand, "sleb", sparsity=1 - share)
-    return replace(
-        demand,
+    return demand.but(
         model=shallower,
         linear_params=demand.linear_params - removed,
         linear_bytes=demand.linear_bytes * share,

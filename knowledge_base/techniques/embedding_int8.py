@@ -7,7 +7,6 @@ the way in and multiplied on the way out. Of a small model with a large vocabula
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques import _weights
@@ -66,8 +65,7 @@ def rewrite(demand: Demand, *, bits: int) -> Demand:
     before = demand.embedding_bytes / model.embedding_params
     read = stored + 4 * table if tied and bits == 4 else stored
     loss, spread = _LOSS[bits]
-    return replace(
-        demand,
+    return demand.but(
         embedding_bytes=demand.embedding_bytes - before * table + stored,
         head_stored_bytes=0.0 if tied else stored,
         head_read_bytes=read if demand.head_read_bytes else 0.0,

@@ -8,7 +8,6 @@ Tokens that left early are read by the other layers later, several in one pass, 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from knowledge_base.techniques import _drafts
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -61,8 +60,7 @@ def rewrite(demand: Demand, *, share: float, confidence: float) -> Demand:
     stays = part + (1 - leave) * (1 - part)  # of the layers' bytes, what a mean token reads
     later = (1 - stays) * demand.output_share * demand.linear_flop_per_token
     lens = _drafts.lens_bytes(demand)
-    return replace(
-        demand,
+    return demand.but(
         output_share=demand.output_share * stays,
         other_bytes=demand.other_bytes + lens,
         draft_bytes_per_step=demand.draft_bytes_per_step + lens + (1 - leave) * demand.head_read_bytes,

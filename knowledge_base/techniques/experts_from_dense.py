@@ -10,7 +10,6 @@ one sequence reads fewer of them for each token. Prompts and batches wake every 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -96,12 +95,11 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     idle = model.layers * 3 * model.hidden_size * parts["size"] * (parts["experts"] - parts["active"])
     routers = model.layers * (model.hidden_size + 1) * parts["experts"]
     each = demand.linear_bytes / demand.linear_params
-    routed = replace(
-        model, experts=parts["experts"], experts_active=parts["active"], params_total=model.params_total + routers,
+    routed = model.but(
+        experts=parts["experts"], experts_active=parts["active"], params_total=model.params_total + routers,
         params_active=model.params_active + routers - idle, linear_params=model.linear_params + routers,
     )  # fmt: skip
-    return replace(
-        demand,
+    return demand.but(
         model=routed,
         linear_params=demand.linear_params + routers,
         linear_bytes=demand.linear_bytes + each * routers,

@@ -9,7 +9,6 @@ choosing experts for each token (experts_from_dense) does better at half, and ne
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -65,8 +64,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     """
     loss, sd = _LOSS[keep]
     share = min(1.0, ffn_params(demand.model) / demand.linear_params)
-    return replace(
-        demand,
+    return demand.but(
         output_share=demand.output_share * (1 - share * (1 - keep)),
         perplexity_ratio=demand.perplexity_ratio * math.exp(loss),
         perplexity_log_sd=math.hypot(demand.perplexity_log_sd, sd),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -77,8 +76,7 @@ def rewrite(demand: Demand, *, bits: int) -> Demand:
     model = demand.model
     loss, sd = _LOSS[bits]
     unpacked = 2 * model.kv_heads * model.head_size * ACTIVATION_BYTES.get(demand.compute_dtype, 2)
-    return replace(
-        demand,
+    return demand.but(
         kv_bytes_per_token=bytes_per_token(model, bits),
         activation_bytes_per_token=demand.activation_bytes_per_token + unpacked,  # one layer at a time
         kernels_per_step=demand.kernels_per_step + 24 * model.attention_layers,

@@ -8,8 +8,6 @@ model's perplexity ratio from 1.110 to 1.037 at keep=0.8 and from 1.249 to 1.175
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -115,8 +113,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     factorised = sum(1 for shape in matrices(model) if rank_for(*shape, keep))
     demand = loss_after(demand, "svd_llm", compression=1 - share)
     inputs = sum(in_features**2 for _, in_features in matrices(model))
-    return replace(
-        demand,
+    return demand.but(
         linear_params=demand.linear_params * share,
         linear_bytes=demand.linear_bytes * share,
         linear_flop_per_token=demand.linear_flop_per_token * share,

@@ -9,7 +9,6 @@ hidden state, and seldom in what narrows it. Only the artefact gets smaller: onc
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.techniques import _sparsity, _weights
@@ -65,8 +64,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     inputs, tries = demand.model.hidden_size, len(FACTOR_SHARES)
     hessians = 2 * 7 * demand.layers * inputs**2 * _sparsity.CALIBRATION_TOKENS
     fits = 2 * inputs * demand.linear_params * tries * (2 * ROUNDS + 3 * SWEEPS)
-    return replace(
-        demand,
+    return demand.but(
         disk_share=keep,
         build_flop=demand.build_flop + 8 * demand.linear_params * _sparsity.CALIBRATION_TOKENS + hessians + fits,
         because=(*demand.because, f"thin factors and a sparse rest: {keep:.0%} of the layers' bytes in the artefact"),

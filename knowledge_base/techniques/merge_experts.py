@@ -9,7 +9,6 @@ the tokens they were sent. Every layer keeps as many experts, which config.json 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques.prune_experts import SAVES, SPENDS
@@ -55,8 +54,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     share = 1 - after.linear_params / demand.linear_params
     before, kept = demand.model.experts, after.model.experts
     matching = demand.layers * (before - kept) * demand.model.ffn_size**2 * (6 * demand.model.hidden_size + 1000)
-    return replace(
-        after,
+    return after.but(
         build_flop=after.build_flop + matching,
         because=(*demand.because, f"{before} experts merged into {kept}: {share:.0%} fewer weights in the layers"),
     )

@@ -9,7 +9,6 @@ compute is time to read in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -73,8 +72,7 @@ def legal(knobs: Mapping[str, float], model: Model, workload: Workload, hardware
 def rewrite(demand: Demand, *, resident: float) -> Demand:
     """Return the demand with what stays in memory, and what each pass brings in."""
     left, transit = _shares(demand.model, demand.layers, resident)
-    return replace(
-        demand,
+    return demand.but(
         offloaded_share=left,
         transit_bytes=transit * demand.linear_bytes,
         because=(*demand.because, f"{left:.0%} of the layers' weights are not in memory: each pass brings them in"),

@@ -13,8 +13,6 @@ Own runs on the shipped model, prompts of 768 and 1000 tokens: perplexity 1.001 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques import _pruned
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -68,7 +66,7 @@ def looked_at(tokens: int, keep: float) -> float:
 def rewrite(demand: Demand, *, keep: float) -> Demand:
     """Return the demand with fewer pairs of attention while the prompt is read. Choosing, a 64th of it, is left out."""
     share = looked_at(max(demand.workload.prompt_tokens, FEWEST * SPAN), keep)
-    after = replace(demand, prompt_pairs_ratio=demand.prompt_pairs_ratio * share)
+    after = demand.but(prompt_pairs_ratio=demand.prompt_pairs_ratio * share)
     return _pruned.priced(after, _LOSS[keep], f"{share:.0%} of the prompt's pairs of tokens are looked at")
 
 

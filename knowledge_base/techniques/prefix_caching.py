@@ -8,8 +8,6 @@ slot that another conversation was given has forgotten (cost_models/load.py tell
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -76,8 +74,7 @@ def rewrite(demand: Demand) -> Demand:
         for words, some in ((f"the {shared:g} tokens all begin with", shared), ("what was said before", said))
         if some
     )
-    return replace(
-        demand,
+    return demand.but(
         reused_prefix_tokens=shared,
         reused_turn_tokens=said,
         because=(

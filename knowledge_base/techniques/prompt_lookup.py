@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -50,8 +48,7 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 def rewrite(demand: Demand, *, tokens: int) -> Demand:
     """Return the demand with fewer, wider decode steps. How many fewer depends on the text; a mean is assumed."""
     gain = _TOKENS_PER_STEP[tokens]
-    return replace(
-        demand,
+    return demand.but(
         tokens_per_step=demand.tokens_per_step * gain,
         verified_tokens_per_step=demand.verified_tokens_per_step + _STEPS_WITH_DRAFT * tokens,
         because=(*demand.because, f"drafts of {tokens} tokens: about {gain} tokens a step, more where text repeats"),

@@ -7,8 +7,6 @@ config.json gives. Memory falls by their share; each token goes through as many 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 SAVES = (
@@ -52,7 +50,7 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     after = _mixture_size.fewer(demand, keep)
     share = 1 - after.linear_params / demand.linear_params
     told = f"{after.model.experts} of {demand.model.experts} experts: {share:.0%} fewer weights in the layers"
-    return replace(after, because=(*demand.because, told))
+    return after.but(because=(*demand.because, told))
 
 
 def execute(session: Session, *, keep: float) -> None:

@@ -13,7 +13,6 @@ differ, which structure.json describes.
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques._quality import loss_after
@@ -85,14 +84,13 @@ def rewrite(demand: Demand, *, keep: float, where: str) -> Demand:
     per_layer = 2 * model.hidden_size * model.head_size * (model.heads + model.kv_heads) * (1 - share)
     removed = demand.layers * per_layer
     left = 1 - removed / demand.linear_params
-    smaller = replace(
-        model, heads=model.heads * kept // model.kv_heads, kv_heads=kept,
+    smaller = model.but(
+        heads=model.heads * kept // model.kv_heads, kv_heads=kept,
         linear_params=round(model.linear_params - removed), params_total=round(model.params_total - removed),
         params_active=round(model.params_active - removed),
     )  # fmt: skip
     demand = loss_after(demand, "flap", sparsity=1 - left)
-    return replace(
-        demand,
+    return demand.but(
         model=smaller,
         linear_params=demand.linear_params - removed,
         linear_bytes=demand.linear_bytes * left,

@@ -21,7 +21,7 @@ it divides by, and gets anew the one that fits the calibrated states best.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from knowledge_base.techniques._quality import loss_after
@@ -88,15 +88,14 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     model = demand.model
     kept = kept_size(model.architecture, model.hidden_size, model.head_size, keep)
     share = kept / model.hidden_size
-    narrower = replace(
-        model, hidden_size=kept, linear_params=round(model.linear_params * share),
+    narrower = model.but(
+        hidden_size=kept, linear_params=round(model.linear_params * share),
         embedding_params=round(model.embedding_params * share), params_total=round(model.params_total * share),
         params_active=round(model.params_active * share),
     )  # fmt: skip
     activations = (3 * model.ffn_size + 4 * kept) / (3 * model.ffn_size + 4 * model.hidden_size)
     demand = loss_after(demand, "slicegpt", sparsity=1 - share)
-    return replace(
-        demand,
+    return demand.but(
         model=narrower,
         linear_params=demand.linear_params * share,
         linear_bytes=demand.linear_bytes * share,

@@ -7,8 +7,6 @@ the parts of a model, by what zeros in each were measured to cost, with as many 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques import _sparsity, _weights
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -68,8 +66,7 @@ def rewrite(demand: Demand, *, sparsity: float, pattern: str, allocation: str) -
     # Beside the passes, one more and the probes of two parts of each layer; the Hessians, one inverse and one sweep for each matrix.
     inputs = demand.model.hidden_size
     flop = 2 * inputs * demand.linear_params + 2 * 7 * demand.layers * inputs**2 * _sparsity.CALIBRATION_TOKENS
-    return replace(
-        _sparsity.zeroed(demand, sparsity, passes=2 if allocation == "uniform" else 4),
+    return _sparsity.zeroed(demand, sparsity, passes=2 if allocation == "uniform" else 4).but(
         build_flop=demand.build_flop + flop,
     )
 

@@ -16,7 +16,6 @@ Times are those of the transformers engine: 1.5 means a decode step of two third
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques import _speed
@@ -61,13 +60,12 @@ def rewrite(demand: Demand, *, speedup: float) -> Demand:
     share = 1 - min(wanted, 0.8)
     heads = max(share, 1 / max(model.kv_heads, 1))
     removed = demand.linear_params * (1 - share)
-    smaller = replace(
-        model, linear_params=round(model.linear_params - removed), params_total=round(model.params_total - removed),
+    smaller = model.but(
+        linear_params=round(model.linear_params - removed), params_total=round(model.params_total - removed),
         params_active=round(model.params_active - removed),
     )  # fmt: skip
     demand = loss_after(demand, "flap", sparsity=1 - share)
-    return replace(
-        demand,
+    return demand.but(
         model=smaller,
         linear_params=demand.linear_params - removed,
         linear_bytes=demand.linear_bytes * share,

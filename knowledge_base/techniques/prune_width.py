@@ -8,8 +8,6 @@ as a smaller dense model. A channel's score is the output error its removal caus
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.techniques._quality import loss_after
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -87,13 +85,12 @@ def rewrite(demand: Demand, *, keep: float) -> Demand:
     removed_active = per_expert * max(model.experts_active, 1)
     share = 1 - removed / demand.linear_params
     activations = (3 * kept + 4 * model.hidden_size) / (3 * model.ffn_size + 4 * model.hidden_size)
-    smaller = replace(
-        model, ffn_size=kept, linear_params=round(model.linear_params - removed),
+    smaller = model.but(
+        ffn_size=kept, linear_params=round(model.linear_params - removed),
         params_total=round(model.params_total - removed), params_active=round(model.params_active - removed_active),
     )  # fmt: skip
     demand = loss_after(demand, "slicegpt", sparsity=1 - share)
-    return replace(
-        demand,
+    return demand.but(
         model=smaller,
         linear_params=demand.linear_params - removed,
         linear_bytes=demand.linear_bytes * share,

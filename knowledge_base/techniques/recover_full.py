@@ -10,7 +10,6 @@ each, in 32 bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.build_memory import FULLY_TRAINED
@@ -64,8 +63,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     """
     recovered = _RECOVERED[steps]
     flop = TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3)
-    return replace(
-        demand,
+    return demand.but(
         perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
         build_flop=demand.build_flop + flop,
         because=(*demand.because, f"{steps} steps on all weights bring back about {recovered:.0%} of the loss"),

@@ -8,8 +8,6 @@ the one in use.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.build_memory import TRAINED
 from knowledge_base.techniques.recover_lora import training_flop
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -60,8 +58,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     gradients over groups keep a processor at about a third of its rate for large products.
     """
     recovered = _RECOVERED[steps] * (1 if demand.weight_format == "int2" else _SHARE_ABOVE_TWO_BITS)
-    return replace(
-        demand,
+    return demand.but(
         perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3),
         because=(*demand.because, f"{steps} steps on the scales bring back about {recovered:.0%} of the loss"),

@@ -14,7 +14,6 @@ Where a norm subtracts the mean, a rotation that keeps it is drawn, so LayerNorm
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.techniques import _weights
@@ -77,20 +76,18 @@ def legal(knobs: dict, model: Model, workload: Workload, hardware: Hardware) -> 
 def rewrite(demand: Demand, *, ends: str) -> Demand:
     """Return the demand with less to lose for later rounding; where the head was tied, its bytes or the turning."""
     model = demand.model
-    demand = replace(
-        eased(demand, weights=_LEFT, activations=_LEFT),
+    demand = eased(demand, weights=_LEFT, activations=_LEFT).but(
         build_flop=demand.build_flop + demand.linear_params * (4 * 16_384 + 2 * 256 * (SEEDS + 1)),
         because=(*demand.because, f"hidden space turned, {ends} at table and head"),
     )
     if ends == "online":
-        return replace(
-            demand,
+        return demand.but(
             other_bytes=demand.other_bytes + 10 * model.hidden_size,  # signs twice, gain and bias
             kernels_per_step=demand.kernels_per_step + _KERNELS,
         )
     if demand.head_stored_bytes:
         return demand
-    return replace(demand, head_stored_bytes=demand.head_read_bytes)
+    return demand.but(head_stored_bytes=demand.head_read_bytes)
 
 
 def execute(session: Session, *, ends: str) -> None:

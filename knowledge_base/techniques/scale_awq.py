@@ -8,7 +8,6 @@ llama.cpp's block formats, which know nothing of it. AWQ's clipping is left to t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.techniques import _weights
@@ -63,8 +62,7 @@ def rewrite(demand: Demand, *, bits: int) -> Demand:
     """Return the demand as it was, with less to lose for a step that rounds weights after; and the work of searching."""
     trials = 1 + len(_POWERS)
     flop = demand.linear_params * (4 * 16_384 + 2 * 256 * trials)  # two passes over the text, trials on 256 vectors
-    return replace(
-        eased(demand, weights=_LEFT),
+    return eased(demand, weights=_LEFT).but(
         build_flop=demand.build_flop + flop,
         because=(*demand.because, f"scales folded in that {bits}-bit rounding profits from"),
     )

@@ -7,7 +7,6 @@ activations then make on calibration text, no smoothing among the choices; so a 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from knowledge_base.techniques import _weights
@@ -61,8 +60,7 @@ def rewrite(demand: Demand) -> Demand:
     """Return the demand as it was, with less to lose for a step that rounds activations; and the work of searching."""
     trials = 1 + len(_STRENGTHS)
     flop = demand.linear_params * (4 * 16_384 + 2 * 256 * trials)  # two passes over the text, trials on 256 vectors
-    return replace(
-        eased(demand, activations=_LEFT),
+    return eased(demand, activations=_LEFT).but(
         build_flop=demand.build_flop + flop,
         because=(*demand.because, "outliers of activations moved into the weights"),
     )

@@ -7,7 +7,6 @@ it is unpacked as it is loaded, and then the model is an ordinary one.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques import _weights
@@ -40,8 +39,7 @@ def rewrite(demand: Demand) -> Demand:
     """Return the demand with an artefact whose matrices take a bit for each weight and those that are not zero."""
     stored = demand.linear_params / 8 + demand.linear_bytes * (1 - demand.zeros_share)
     share = stored / demand.linear_bytes
-    return replace(
-        demand,
+    return demand.but(
         disk_share=share,
         build_bytes=demand.build_bytes + demand.linear_bytes,
         because=(

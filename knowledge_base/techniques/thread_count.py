@@ -7,7 +7,6 @@ barriers; hyper-threads and cores busy with other work even slow it down. What i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.build_memory import SHAPES
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
@@ -49,7 +48,7 @@ def legal(knobs: Mapping[str, int], model: Model, workload: Workload, hardware: 
 
 def rewrite(demand: Demand, *, count: int) -> Demand:
     """Return the demand bound to `count` threads."""
-    return replace(demand, threads=count, because=(*demand.because, f"{count} thread{'s' if count > 1 else ''}"))
+    return demand.but(threads=count, because=(*demand.because, f"{count} thread{'s' if count > 1 else ''}"))
 
 
 def execute(session: Session, *, count: int) -> None:

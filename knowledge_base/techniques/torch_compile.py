@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from knowledge_base.types import Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 TECHNIQUE = Technique(
@@ -44,8 +42,7 @@ def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
 
 def rewrite(demand: Demand) -> Demand:
     """Return the demand with fewer kernel launches a step. Compiling itself, up to a minute, is part of warm-up."""
-    return replace(
-        demand,
+    return demand.but(
         kernels_per_step=demand.kernels_per_step * _KERNELS_LEFT,
         compiled=True,
         because=(*demand.because, "decode step compiled: about a third of the kernel launches, compiled at first use"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -45,8 +44,7 @@ def rewrite(demand: Demand, *, dtype: str) -> Demand:
     """Return the demand with every weight, cached key and value, and activation in `dtype`."""
     share = BYTES[dtype] / BYTES[demand.model.weight_dtype]
     note = "; slow on CPUs without float16 arithmetic" if dtype == "float16" else ""
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_bytes * share,
         embedding_bytes=demand.embedding_bytes * share,
         head_stored_bytes=demand.head_stored_bytes * share,

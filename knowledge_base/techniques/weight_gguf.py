@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.techniques import _weights
 from knowledge_base.techniques._quality import loss_after
@@ -138,12 +137,11 @@ def rewrite(demand: Demand, *, type: str) -> Demand:
     bits = bits_per_weight(model, type)
     tables = BITS[stored_type(table_type(type), model.hidden_size)] / old_bits
     if type == "f16":
-        demand = replace(demand, perplexity_log_sd=math.hypot(demand.perplexity_log_sd, _F16_LOG_SD))
+        demand = demand.but(perplexity_log_sd=math.hypot(demand.perplexity_log_sd, _F16_LOG_SD))
     else:
         demand = loss_after(demand, "gguf", type=_PUBLISHED.get(type, type))
     read = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_params * bits / 8,
         embedding_bytes=demand.embedding_bytes * tables,
         head_stored_bytes=demand.head_stored_bytes * tables,

@@ -13,7 +13,6 @@ columns in their own order with the scales of the largest and smallest weight lo
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from knowledge_base.techniques import _weights
@@ -86,7 +85,7 @@ def rewrite(demand: Demand, *, bits: int, group_size: int) -> Demand:
         + 2 * inputs * demand.linear_params
         + 2 * 7 * demand.layers * inputs**2 * 16_384
     )
-    return replace(demand, build_flop=demand.build_flop + flop)
+    return demand.but(build_flop=demand.build_flop + flop)
 
 
 def execute(session: Session, *, bits: int, group_size: int) -> None:

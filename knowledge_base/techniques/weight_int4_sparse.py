@@ -9,7 +9,6 @@ kernel that reads it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.techniques import _weights
@@ -63,8 +62,7 @@ def rewrite(demand: Demand, *, group_size: int) -> Demand:
     demand = _weights.packed(demand, bits=bits, weight_format="int4", kernels=_weights.CAST_KERNELS)
     inputs = demand.model.hidden_size
     flop = 4 * demand.linear_params * 16_384 + 2 * inputs * demand.linear_params
-    return replace(
-        demand,
+    return demand.but(
         disk_share=stored / bits,
         build_flop=demand.build_flop + flop + 2 * 7 * demand.layers * inputs**2 * 16_384,
         because=(

@@ -14,7 +14,6 @@ The planner stops the build before this step to measure and to solve. What round
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from knowledge_base.techniques import _speed, _weights
@@ -100,7 +99,7 @@ def rewrite(demand: Demand, *, average_bits: float, choose: str, speedup: float)
     inputs = demand.model.hidden_size
     flop = 4 * demand.linear_params * 16_384 + 2 * inputs * demand.linear_params
     flop += 2 * 7 * demand.layers * inputs**2 * 16_384
-    return replace(demand, disk_share=bits / loaded, build_flop=demand.build_flop + flop)
+    return demand.but(disk_share=bits / loaded, build_flop=demand.build_flop + flop)
 
 
 def _most_loaded(bits: float, choose: str, speedup: float) -> float:

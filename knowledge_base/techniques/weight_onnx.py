@@ -10,7 +10,6 @@ looked up are ever read. Vectors, the cache and all other arithmetic are float32
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import ceil
 
 from knowledge_base.build_memory import BuildMemory
@@ -91,8 +90,7 @@ def rewrite(demand: Demand, *, bits: int) -> Demand:
     shared = bits == 4 and not demand.head_stored_bytes
     rotations = 4 * model.max_context_tokens * model.head_size
     demand = loss_after(demand, "rtn", bits=bits, group_size=GROUP)
-    return replace(
-        demand,
+    return demand.but(
         linear_bytes=demand.linear_params * stored / 8,
         embedding_bytes=demand.embedding_bytes * (head if shared else _FLOAT) / old_bits,
         head_stored_bytes=0.0 if shared else demand.head_read_bytes * head / old_bits,

@@ -7,7 +7,6 @@ all output passes through them). Each row or group has a float16 scale and an in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from knowledge_base.techniques import _weights
 from knowledge_base.techniques._quality import loss_after
@@ -86,8 +85,7 @@ def rewrite(demand: Demand, *, bits: int, group_size: int) -> Demand:
     tables = row_bits(model.hidden_size) / (demand.linear_bytes / demand.linear_params * 8)
     stored = row_bits(model.hidden_size) if bits == 8 else group_bits(group_size)
     demand = _weights.packed(demand, bits=stored, weight_format=f"int{bits}", kernels=0.0)
-    return replace(
-        demand,
+    return demand.but(
         embedding_bytes=demand.embedding_bytes * tables,
         head_stored_bytes=demand.head_stored_bytes * tables,
         head_read_bytes=demand.head_read_bytes * tables,
