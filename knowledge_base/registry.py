@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Step
@@ -142,9 +144,7 @@ def complete(step: Step) -> Step:
     Raises:
         BadInput: an unknown technique, knob or setting.
     """
-    module = techniques.get(step.technique)
-    knobs = module.TECHNIQUE.knobs
-    fitted = [(knob, value) for knob, values in getattr(module, "RANGE", {}).values() for value in values]
+    knobs = techniques.get(step.technique).TECHNIQUE.knobs
     for knob, value in step.knobs.items():
         if knob not in knobs:
             raise BadInput(
@@ -152,9 +152,16 @@ def complete(step: Step) -> Step:
                 hint=f"its knobs: {', '.join(knobs) or 'none'}",
                 where="steps",
             )
-        if value not in knobs[knob].options and (knob, value) not in fitted:
-            options = ", ".join(map(str, knobs[knob].options))
+        if value not in (settings := settings_of(step.technique, knob)):
+            options = ", ".join(map(str, settings))
             raise BadInput(
                 f"`{knob}` of `{step.technique}` cannot be {value!r}", hint=f"one of: {options}", where="steps"
             )
     return Step(step.technique, {**{knob: choice.default for knob, choice in knobs.items()}, **step.knobs})
+
+
+def settings_of(technique: str, knob: str) -> tuple[Any, ...]:
+    """Return every value a knob may have: those the search tries, and those it fits to a budget."""
+    module = techniques.get(technique)
+    fitted = (values for name, values in getattr(module, "RANGE", {}).values() if name == knob)
+    return tuple(dict.fromkeys([*module.TECHNIQUE.knobs[knob].options, *itertools.chain.from_iterable(fitted)]))

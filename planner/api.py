@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_base.types import Budget, Estimate, Step
+from knowledge_base.errors import BadInput
+from knowledge_base.types import Budget, Estimate, Step, Workload
 from planner.results import ParetoSet
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ def replan(
 
 def estimate(
     model: str | Path,
-    steps: Sequence[Step] = (),
+    steps: Sequence[str | Step] = (),
     *,
     engine: str = "transformers",
     weights: str | None = None,
-    hardware: str = "local",
+    hardware: str | Path = "local",
     devices: int | None = None,
     draft: str | Path | None = None,
     store: str | Path = ".leanplan",
@@ -101,10 +102,11 @@ def estimate(
     """Return predicted figures of one plan, without running anything.
 
     Args:
-        steps: techniques with their knobs, those not given at their default; put in the order the knowledge base gives.
+        steps: techniques with their knobs, those not given at their default, as values or as on the command line
+            ("weight_int4:group_size=64"); put in the order the knowledge base gives.
         engine: one of `leanplan ls engines`, or one known by its law ("vllm", "sglang", ...), which takes no steps.
         weights: how an engine known by its law stores them: "bf16", "fp8", "int8", "int4" or "fp4".
-        hardware: "local" or a name of `leanplan ls machines`.
+        hardware: "local", a name of `leanplan ls machines`, or a file that describes a machine.
         devices: how many of its device; None: as many as the name says.
         draft: folder or hub id of a smaller model that drafts; None: the folder NAME-draft beside the model's, if there is one.
         workload: prompt_tokens, output_tokens, concurrency or requests_per_s.
@@ -113,20 +115,23 @@ def estimate(
         BadInput: an unknown technique, knob, setting, engine or machine, or a model that cannot be read.
     """
     from knowledge_base.registry import complete
-    from knowledge_base.types import Workload
-    from planner.estimating.asking import Asked, find_engine, with_devices
+    from planner.estimating.asking import Asked, find_engine, read_step, with_devices
     from planner.estimating.pricing import price
     from planner.machine import find
     from planner.reading import read_model
 
-    find_engine(engine)
+    find_engine(_text(engine, "engine"))
+    if isinstance(steps, str) or not all(isinstance(step, str | Step) for step in steps):
+        raise BadInput(
+            f"not a list of steps: {steps!r}", hint='["weight_int4:group_size=64"], or Step values', where="steps"
+        )
     asked = Asked(
-        model=read_model(str(model), weights="optional", draft=str(draft) if draft else None).model,
+        model=read_model(_text(model, "model"), weights="optional", draft=str(draft) if draft else None).model,
         engine=engine,
-        steps=tuple(complete(step) for step in steps),
+        steps=tuple(read_step(step, "steps:") if isinstance(step, str) else complete(step) for step in steps),
         weights=weights,
-        workload=Workload(**{"prompt_tokens": 128, "output_tokens": 64, **workload}),
-        hardware=with_devices(find(hardware, Path(store)), devices),
+        workload=_workload({"prompt_tokens": 128, "output_tokens": 64, **workload}),
+        hardware=with_devices(find(_text(hardware, "hardware"), Path(store)), devices),
     )
     asked.check()
     return price(asked).estimate
@@ -139,8 +144,20 @@ def check(spec: str | Path, **settings: Any) -> Any:
     return run_check(spec, **settings)
 
 
-def _spec_of(model: str | Path | None, spec: str | Path | None, budgets: Any, fields: Mapping[str, Any]) -> Spec:
-    from knowledge_base.errors import BadInput
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str | Path):
+        raise BadInput(f"{value!r} is not text", hint=f"the signature tells what `{name}` may be", where=name)
+    return str(value)
+
+
+def _workload(values: Mapping[str, Any]) -> Workload:
+    known = [field.name for field in fields(Workload)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise BadInput(f"a workload has no `{unknown[0]}`", hint=f"it has {', '.join(known)}", where="workload")
+    return Workload(**values)
+
+
+def _spec_of(model: str | Path | None, spec: str | Path | None, budgets: Any, given: Mapping[str, Any]) -> Spec:
     from planner import spec as specs
 
     if (model is None) == (spec is None):
@@ -149,13 +166,17 @@ def _spec_of(model: str | Path | None, spec: str | Path | None, budgets: Any, fi
             hint='plan("models/tiny-lm", budgets={...}) or plan(spec="leanplan.yaml")',
         )
     if spec is not None:
-        if budgets or fields:
+        if budgets or given:
             raise BadInput(
                 "a spec file and spec fields were both given", hint="put them in the file, or pass all as arguments"
             )
         return specs.load(spec)
-    as_values = [b for b in budgets if isinstance(b, Budget)] if not isinstance(budgets, Mapping) else []
-    data = {"version": 1, "goal": "serve", "model": str(model), **fields}
+    as_values = [] if isinstance(budgets, Mapping) else list(budgets)
+    if not all(isinstance(budget, Budget) for budget in as_values):
+        raise BadInput(
+            f"not budgets: {budgets!r}", hint='{"ttft_p95": "50 ms"}, or a list of Budget values', where="budgets"
+        )
+    data = {"version": 1, "goal": "serve", "model": _text(model, "model"), **given}
     if isinstance(budgets, Mapping) and budgets:
         data["budgets"] = dict(budgets)
     elif as_values and "objectives" not in data:

@@ -36,7 +36,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "context_tokens": (
         (
             "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length",
-            "model_max_length",
+            "model_max_length", "context_length",
         ),
         1, 2**31,
     ),
@@ -73,6 +73,7 @@ _SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_conv_bias", "use_sliding_window",
     "is_encoder_decoder", "multi_query", "new_decoder_architecture",
 )  # fmt: skip
+_OBJECTS = ("text_config", "vision_config", "encoder", "decoder", "rope_scaling", "rope_parameters")
 _CHOSEN = {"switch_transformers": 1, "nllb-moe": 2}  # experts a token goes through, where no key says
 MOST_EXPERTS = 2**18  # of all layers together; the largest published models have 2**15
 _RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")  # no attention at all
@@ -147,7 +148,7 @@ def check_nested(config: Mapping[str, Any], *, where: str, inside: str = "") -> 
     for key, value in config.items():
         if isinstance(value, dict):
             check_nested(value, where=where, inside=f"{inside}{key}.")
-        elif key in ("text_config", "vision_config", "encoder", "decoder") and value is not None:
+        elif key in _OBJECTS and value is not None:
             raise BadInput(
                 f"config.json: {inside}{key} must be an object, got {value!r:.60}", hint="mend config.json", where=where
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from knowledge_base import rules
 from knowledge_base.errors import BadInput
-from knowledge_base.registry import complete, engines, techniques
+from knowledge_base.registry import complete, engines, settings_of, techniques
 from knowledge_base.types import Hardware, Model, Plan, Step, Workload
 from knowledge_base.units import quote
 
@@ -227,7 +227,7 @@ def read_step(text: str, flag: str = "--step") -> Step:
         if knob not in knobs or not equals:
             known = ", ".join(f"{k}={'|'.join(map(str, c.options))}" for k, c in knobs.items()) or "none"
             raise BadInput(f"`{name}` has no setting `{setting}`", hint=f"its knobs: {known}", where=f"{flag} {text}")
-        options = {str(option): option for option in knobs[knob].options}
+        options = {str(option): option for option in settings_of(name.strip(), knob)}
         if value not in options:
             raise BadInput(
                 f"`{knob}` of `{name}` cannot be `{value}`", hint=f"one of: {', '.join(options)}",

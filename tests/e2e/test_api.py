@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,47 @@ def test_budgets_may_be_values(model: Path, store: Path) -> None:
     assert answer.budgets == (limit,)
     assert len(answer) == len(list(answer)) >= 1
     assert answer.recommended in list(answer)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"hardware": None}, "hardware: None is not text"),
+        ({"engine": None}, "engine: None is not text"),
+        ({"steps": "weight_int8"}, "steps: not a list of steps: 'weight_int8'"),
+        ({"steps": [{"technique": "weight_int8"}]}, "steps: not a list of steps"),
+        ({"steps": ["weight_int9"]}, "steps: weight_int9"),
+        ({"steps": ["weight_int4:group_size=7"]}, "`group_size` of `weight_int4` cannot be `7`"),
+        ({"prompt": 12}, "workload: a workload has no `prompt`"),
+        ({"prompt_tokens": "12"}, "must be a whole number, got 12"),
+    ],
+)
+def test_arguments_that_cannot_be_are_told_in_a_sentence(
+    model: Path, store: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LeanplanError) as told:
+        estimate(model, **({"store": store} | given))
+    assert said in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"budgets": "8 GiB"}, "not budgets: '8 GiB'"), ({"model": 7}, "7 is not text")]
+)
+def test_a_plan_of_what_cannot_be_is_told_in_a_sentence(
+    model: Path, store: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LeanplanError) as told:
+        plan(**({"model": model, "predict": True, "store": store} | given))
+    assert said in str(told.value)
+
+
+def test_steps_may_be_written_as_on_the_command_line(model: Path, store: Path) -> None:
+    from planner.estimating.asking import read_step
+
+    written = estimate(model, ["weight_int4:group_size=64"], store=store, **WORKLOAD)
+    values = [Step("weight_int4", {"group_size": 64})]
+    assert written.values == estimate(model, values, store=store, **WORKLOAD).values
+    assert read_step("offload:resident=0.1") == Step("offload", {"resident": 0.1})  # one that the search fits
 
 
 def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path, store: Path) -> None:

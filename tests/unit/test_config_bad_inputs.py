@@ -92,6 +92,7 @@ DAMAGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "rank negative": ("mamba", {"time_step_rank": -4}, "sizes that make no model"),
     "rank text": ("mamba", {"time_step_rank": "many"}, "time_step_rank is 'many'"),
     "nested text": ("gemma3", {"text_config": "see above"}, "text_config must be an object, got 'see above'"),
+    "rope scaling": ("llama", {"rope_scaling": "x"}, "rope_scaling must be an object, got 'x'"),
     "nested layers": ("gemma3", {"text_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers must be ≤ 4096"),
     "endless eyes": ("gemma3", {"vision_config": {"num_hidden_layers": 10**8}}, "vision_config.num_hidden_layers must be"),
     "endless encoder": ("bart", {"encoder_layers": 10**8}, "encoder_layers must be ≤ 4096, got 100000000"),
