@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,11 +33,12 @@ def calibration(rows: int = 8, tokens: int = 32, vocab_size: int = 512) -> torch
 
 
 def session_of(folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0, rows: int = 8) -> Session:
-    """Return a session on the folder's model."""
-    model = load(folder, dtype)
+    """Return a session on the folder's model, with a workspace of its own."""
+    model, workspace = load(folder, dtype), Path(mkdtemp(prefix="workspace-", dir=_FOLDERS.name))
     return Session(
-        model=model, tokenizer=None, facts=facts_of(model), calibration=calibration(rows), seed=seed, workspace=folder
-    )
+        model=model, tokenizer=None, facts=facts_of(model), calibration=calibration(rows), seed=seed,
+        workspace=workspace,
+    )  # fmt: skip
 
 
 def facts_of(model: PreTrainedModel) -> Model:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -185,6 +186,44 @@ def test_what_is_lossless_changes_no_answer(engine: str, runtime: dict[str, Any]
 
 
 def test_closing_leaves_no_thread_and_no_weights(engine: str) -> None:
+    """In a process of its own: what the tests before it took and gave back moves memory by more than a model."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        resident_bytes, threads = pool.submit(opened_and_closed, engine, 8).result()
+    size = sum(file.stat().st_size for file in artefact(engine).iterdir())
+    # Three models that stayed would be 3; what allocators keep varies.
+    assert min(resident_bytes[5:]) - min(resident_bytes[2:5]) < 1.5 * size
+    assert len(set(threads[1:])) == 1
+
+
+def opened_and_closed(engine: str, times: int) -> tuple[list[int], list[int]]:
+    """Return the memory and the threads of this process after each of so many servers."""
+    resident_bytes, threads = [], []
+    for _ in range(times):
+        server = opened(engine)
+        answered(server, PROMPT, 2)
+        server.close()
+        del server
+        gc.collect()
+        resident_bytes.append(psutil.Process().memory_info().rss)
+        threads.append(threading.active_count())
+    return resident_bytes, threads
+
+
+@pytest.mark.parametrize("runtime", [{"prefix_cache": True}, {"prefill_chunk": 16}], ids=str)
+def test_what_is_lossless_changes_no_answer(engine: str, runtime: dict[str, Any]) -> None:
+    (key,) = runtime
+    if key not in engines.get(engine).ENGINE.offers:
+        pytest.skip(f"the engine offers no {key}")
+    server = opened(engine, **runtime)
+    prompts = [(*SHARED, number) for number in (20, 21, 20)] + [SHARED[:40], *PROMPTS]
+    assert [answered(server, prompt) for prompt in prompts] == [generated(engine, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(SLOTS) as pool:
+        several = list(pool.map(lambda prompt: answered(server, prompt), prompts))
+    assert several == [generated(engine, prompt) for prompt in prompts]
+    server.close()
+
+
+def test_closing_leaves_no_thread_and_no_weights(engine: str) -> None:
     def once() -> int:
         server = opened(engine)
         answered(server, PROMPT, 2)
@@ -195,9 +234,11 @@ def test_closing_leaves_no_thread_and_no_weights(engine: str) -> None:
 
     once()  # what building the artefact brings along stays
     threads = threading.active_count()
-    first = once()
+    taken = [once() for _ in range(6)]
     size = sum(file.stat().st_size for file in artefact(engine).iterdir())
-    assert max(once() for _ in range(3)) - first < 1.5 * size
+    assert (
+        min(taken[3:]) - min(taken[:3]) < 1.5 * size
+    )  # three models that stayed would be 3; what allocators keep varies
     assert threading.active_count() == threads
 
 
