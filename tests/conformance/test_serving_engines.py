@@ -209,39 +209,6 @@ def opened_and_closed(engine: str, times: int) -> tuple[list[int], list[int]]:
     return resident_bytes, threads
 
 
-@pytest.mark.parametrize("runtime", [{"prefix_cache": True}, {"prefill_chunk": 16}], ids=str)
-def test_what_is_lossless_changes_no_answer(engine: str, runtime: dict[str, Any]) -> None:
-    (key,) = runtime
-    if key not in engines.get(engine).ENGINE.offers:
-        pytest.skip(f"the engine offers no {key}")
-    server = opened(engine, **runtime)
-    prompts = [(*SHARED, number) for number in (20, 21, 20)] + [SHARED[:40], *PROMPTS]
-    assert [answered(server, prompt) for prompt in prompts] == [generated(engine, prompt) for prompt in prompts]
-    with ThreadPoolExecutor(SLOTS) as pool:
-        several = list(pool.map(lambda prompt: answered(server, prompt), prompts))
-    assert several == [generated(engine, prompt) for prompt in prompts]
-    server.close()
-
-
-def test_closing_leaves_no_thread_and_no_weights(engine: str) -> None:
-    def once() -> int:
-        server = opened(engine)
-        answered(server, PROMPT, 2)
-        server.close()
-        del server
-        gc.collect()
-        return psutil.Process().memory_info().rss
-
-    once()  # what building the artefact brings along stays
-    threads = threading.active_count()
-    taken = [once() for _ in range(6)]
-    size = sum(file.stat().st_size for file in artefact(engine).iterdir())
-    assert (
-        min(taken[3:]) - min(taken[:3]) < 1.5 * size
-    )  # three models that stayed would be 3; what allocators keep varies
-    assert threading.active_count() == threads
-
-
 @pytest.mark.parametrize("runtime", [{"warp": 9}, {"batch": 0}, {"prefill_chunk": 0}], ids=str)
 def test_it_refuses_what_it_cannot_honour(engine: str, runtime: dict[str, Any]) -> None:
     with pytest.raises(LeanplanError, match=next(iter(runtime))):
