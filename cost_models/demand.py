@@ -48,7 +48,7 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
     head_params = model.embedding_params if model.tied_embeddings else model.vocab_size * model.hidden_size
     linear_bytes = float(model.quantised_bytes or model.linear_params * size)
     embedding_bytes = model.embedding_params * size
-    head_stored = 0.0 if model.tied_embeddings else head_params * size
+    head_stored = (model.vocabulary_tables - 1) * head_params * size
     compute = dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16"
     idle_params = model.params_total - model.params_active
     activation_size = DTYPE_BYTES[compute]

@@ -213,7 +213,7 @@ def stages(model: Model, layout: Layout) -> dict[str, Model]:
 
 def stage(model: Model, layers: int, *, first: bool, last: bool, tensor: int = 1) -> Model:
     """Return some layers of the model as a model of its own, split `tensor` ways."""
-    table, tables = model.vocab_size * model.hidden_size, 1 if model.tied_embeddings else 2
+    table, tables = model.vocab_size * model.hidden_size, model.vocabulary_tables
     linear = model.linear_params * layers // (model.layers * tensor)
     norms = max(0, model.params_total - model.linear_params - tables * table) * layers // model.layers
     held = tables if first and last else 1 if first or last else 0

@@ -81,6 +81,11 @@ class Model(Changing):
     draft: Model | None = field(default=None, metadata=UNSAID)  # a smaller one, same tokenizer, that guesses its tokens
 
     @property
+    def vocabulary_tables(self) -> int:
+        """How many are stored: the embedding's, and an output head's of its own, which an encoder is not counted with."""
+        return 1 if self.tied_embeddings or self.kind == "encoder" else 2
+
+    @property
     def kv_values_per_token(self) -> int:
         """Numbers the KV cache holds for one token, all layers; of an encoder-decoder, for one of prompt or output."""
         if self.kind == "encoder":

@@ -129,18 +129,18 @@ def check_model(model: Model, setup: TrainingSetup) -> None:
     """Refuse what the formulas do not hold for.
 
     Raises:
-        BadInput: no decoder with the usual attention in every layer, or sequences beyond the model's context.
+        BadInput: no decoder or encoder with the usual attention in every layer, or sequences beyond the model's context.
     """
     unlike = {
         "layers without attention": model.attention_layers < model.layers,
         "latent attention": model.kv_values_per_layer is not None,
-        "an encoder": model.kind != "decoder",
+        "an encoder beside its decoder": model.kind == "encoder_decoder",
     }
     for what, there in unlike.items():
         if there:
             raise BadInput(
                 f"`{model.name}` has {what}, whose training memory has no formula here",
-                hint="measure one step, or train a decoder with the usual attention in every layer", where="model",
+                hint="measure one step, or train a model with the usual attention in every layer", where="model",
             )  # fmt: skip
     if setup.sequence_tokens > model.max_context_tokens:
         raise BadInput(
@@ -151,6 +151,11 @@ def check_model(model: Model, setup: TrainingSetup) -> None:
         raise BadInput(
             f"`{model.name}` has no gate matrix to adapt", hint="leave `gate` out of targets", where="targets"
         )
+
+
+def head_outputs(model: Model) -> int:
+    """Return how many logits a token has; an encoder is trained for its hidden states, with a head of a few classes."""
+    return 0 if model.kind == "encoder" else model.vocab_size
 
 
 def matrix_shapes(model: Model) -> dict[str, tuple[int, int]]:
@@ -214,8 +219,7 @@ def state_bytes(model: Model, setup: TrainingSetup) -> float:
     copies = {name: model.layers * _copies(model, name) for name in shapes}
     if setup.optimiser == "adafactor" and setup.whole:
         rows = sum(copies[name] * (m + n) for name, (m, n) in shapes.items())
-        tables = 1 if model.tied_embeddings else 2
-        return 4.0 * (rows + tables * (model.vocab_size + model.hidden_size))
+        return 4.0 * (rows + model.vocabulary_tables * (model.vocab_size + model.hidden_size))
     if setup.optimiser == "adafactor":
         return 4.0 * trained_params(model, setup)  # too thin to gain: at most a value for each
     if setup.method == "galore":

@@ -16,6 +16,7 @@ from cost_models.training.setup import (
     TrainingSetup,
     base_bytes,
     check_model,
+    head_outputs,
     state_bytes,
     trained_dtype,
     trained_params,
@@ -50,7 +51,7 @@ class TrainingTime:
 def step_flop(model: Model, setup: TrainingSetup) -> float:
     """Return the arithmetic of one optimiser step, multiply and add counted as two.
 
-        forward = 2 active matrices + 2 head + attention's causal pairs         for each token: 2N (arXiv:2001.08361)
+        forward = 2 active matrices + 2 head + attention's pairs                for each token: 2N (arXiv:2001.08361)
         backward = forward for the inputs' gradients + the trained share of forward for the weights'
         checkpointing adds the layers' forward; MeZO (arXiv:2305.17333) is two forwards and nothing else
 
@@ -61,7 +62,9 @@ def step_flop(model: Model, setup: TrainingSetup) -> float:
     length, share = setup.sequence_tokens, model.window_share
     windowed = float(causal_pairs(length, float(model.sliding_window_tokens or math.inf)))
     pairs = (share * windowed + (1 - share) * float(causal_pairs(length, math.inf))) / length
-    matrices, head = 2.0 * (model.linear_params - idle), 2.0 * model.vocab_size * model.hidden_size
+    if model.kind == "encoder":
+        pairs *= 2  # each token sees those behind it too
+    matrices, head = 2.0 * (model.linear_params - idle), 2.0 * head_outputs(model) * model.hidden_size
     attention = 4.0 * model.attention_layers * model.heads * model.head_size * pairs
     forward = matrices + head + attention
     if setup.method == "mezo":

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from public_configs import ROWS, transformers_asked_here
 
+from cost_models.demand import demand_of
 from knowledge_base.engines.transformers import architectures
 from knowledge_base.errors import BadInput
+from knowledge_base.types import Model, Workload
 from planner.architectures import FAMILIES
 from planner.reading import read_model
 
@@ -74,6 +76,13 @@ def test_a_published_config_is_counted_to_the_parameter(row: dict[str, Any], tmp
     else:
         assert model.params_active == model.params_total
     assert 0.2 < (model.linear_params + model.embedding_params) / model.params_total <= 1
+    assert stored_bytes(model) == pytest.approx(model.weight_bytes, rel=1e-3)
+
+
+def stored_bytes(model: Model) -> float:
+    """Return the bytes of weights that everything is predicted from."""
+    demand = demand_of(model, Workload(prompt_tokens=8, output_tokens=8), "vllm")
+    return demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes + demand.other_bytes
 
 
 KINDS = sorted(kind for kind, tables in architectures().items() if tables - {"IMAGE_TEXT_TO_TEXT", "TEXT_ENCODING"})
@@ -98,3 +107,4 @@ def test_every_architecture_of_transformers_is_exact_or_refused(kind: str, tmp_p
         assert "config.json" in str(refused)
         return
     assert model.params_total == sum(p.numel() for p in whole.parameters())
+    assert stored_bytes(model) == pytest.approx(model.weight_bytes, rel=1e-3)

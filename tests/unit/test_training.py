@@ -24,6 +24,7 @@ from cost_models.training import (
     training_memory,
     training_time,
 )
+from cost_models.training.memory import logits_bytes
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Model
 
@@ -106,8 +107,6 @@ def test_arithmetic_of_full_training_is_six_for_each_parameter() -> None:
 
 def _kept_bytes(layers: int, kv_heads: int, adapters: list[str] | None, attention: str, dora: bool = False) -> int:
     """Bytes of all storages autograd keeps of a Llama's forward pass over 2 x 32 tokens, parameters left out."""
-    import weakref
-
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,6 +128,16 @@ def _kept_bytes(layers: int, kv_heads: int, adapters: list[str] | None, attentio
 
         model = get_peft_model(model, LoraConfig(r=4, target_modules=adapters, lora_dropout=0.0, use_dora=dora))
         model.enable_input_require_grads()
+    ids = torch.randint(0, 128, (2, 32))
+    return _kept_of(model, input_ids=ids, labels=ids, use_cache=False)
+
+
+def _kept_of(model: Any, **inputs: Any) -> int:
+    """Bytes of all storages autograd keeps of a forward pass, parameters left out."""
+    import weakref
+
+    import torch
+
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -143,12 +152,42 @@ def _kept_bytes(layers: int, kv_heads: int, adapters: list[str] | None, attentio
         alive.add(kept)
         return kept
 
-    ids = torch.randint(0, 128, (2, 32))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(**inputs).loss
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
     assert loss.requires_grad
     return sum(size for at, size in storages.items() if at not in own)
+
+
+def test_a_layer_of_an_encoder_keeps_what_autograd_keeps() -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def kept(layers: int) -> int:
+        config = BertConfig(
+            hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4, vocab_size=128,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+        )  # fmt: skip
+        model = BertForSequenceClassification(config).to(torch.bfloat16)
+        return _kept_of(model, input_ids=torch.randint(0, 128, (2, 32)), labels=torch.tensor([0, 1]))
+
+    told = sum(layer_activation_bytes(ENCODER, TrainingSetup(batch=2, sequence_tokens=32)).values())
+    assert told == pytest.approx((kept(3) - kept(2)) / 64, rel=0.01)
+
+
+ENCODER = replace(
+    TOY_MODEL, kind="encoder", hidden_size=64, heads=4, kv_heads=4, head_size=16, ffn_size=160, vocab_size=128,
+    gated_ffn=False,
+)  # fmt: skip
+
+
+def test_an_encoder_has_no_logits_and_sees_both_ways() -> None:
+    setup = TrainingSetup(batch=2, sequence_tokens=32)
+    decoder = replace(ENCODER, kind="decoder")
+    assert logits_bytes(ENCODER, setup) == 0 < logits_bytes(decoder, setup)
+    head, pairs = 2.0 * 128 * 64, 4.0 * ENCODER.attention_layers * 64 * (32 * 33 / 2) / 32
+    more = step_flop(ENCODER, setup) - step_flop(decoder, setup)
+    assert more == pytest.approx(setup.tokens * 3 * (pairs - head))
 
 
 def test_experts_that_all_tokens_share_are_kept_too() -> None:
@@ -379,7 +418,10 @@ def test_an_impossible_layout_is_refused(layout: Layout, message: str) -> None:
 STATE_SPACE = replace(TOY_MODEL, attention_layers=0)
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: training_memory(STATE_SPACE, TrainingSetup()), "layers without attention"),
-    (lambda: training_memory(replace(TOY_MODEL, kind="encoder_decoder"), TrainingSetup()), "an encoder"),
+    (
+        lambda: training_memory(replace(TOY_MODEL, kind="encoder_decoder"), TrainingSetup()),
+        "an encoder beside its decoder",
+    ),
     (lambda: training_memory(replace(TOY_MODEL, kv_values_per_layer=576.0), TrainingSetup()), "latent attention"),
     (lambda: training_memory(TOY_MODEL, TrainingSetup(sequence_tokens=2048)), "beyond the context"),
     (lambda: training_cost(TOY_MODEL, TrainingSetup(), TOY_MACHINE, tokens=0), "above 0"),
