@@ -59,7 +59,8 @@ def judge(
             verdicts.append(_of_figure(budget, limit, measurement.figures.get(budget.metric)))
         else:
             verdicts.append(_of_value(budget, limit, estimate.values.get(budget.metric) if estimate else None))
-    return tuple(_in_a_crowd(_steady(verdict, measurement), measurement) for verdict in verdicts)
+    other = crowding(measurement) if measurement else None
+    return tuple(in_a_crowd(_steady(verdict, measurement), other) for verdict in verdicts)
 
 
 def _steady(verdict: Verdict, measurement: Measurement | None) -> Verdict:
@@ -75,15 +76,13 @@ def timed(metric: str) -> bool:
     return METRICS[metric].sampled or METRICS[metric].resource in ("energy", "money")
 
 
-def _in_a_crowd(verdict: Verdict, measurement: Measurement | None) -> Verdict:
-    """Return a verdict; where a time limit was missed on a crowded machine, that nothing can be told."""
-    if verdict.outcome != "not met" or measurement is None or not timed(verdict.budget.metric):
-        return verdict
-    if (other := crowding(measurement)) is None:
+def in_a_crowd(verdict: Verdict, other_cores: float | None) -> Verdict:
+    """Return a verdict; where a time limit was missed while other programs left too few cores, that nothing can be told."""
+    if verdict.outcome != "not met" or other_cores is None or not timed(verdict.budget.metric):
         return verdict
     return replace(
         verdict, outcome="inconclusive",
-        sentence=f"{verdict.sentence}, but other programs kept {other:.1f} cores busy meanwhile",
+        sentence=f"{verdict.sentence}, but other programs kept {other_cores:.1f} cores busy meanwhile",
     )  # fmt: skip
 
 

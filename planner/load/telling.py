@@ -17,7 +17,7 @@ from typing import Any
 from knowledge_base import units
 from knowledge_base.metrics import METRICS
 from knowledge_base.types import Budget, Figure, Workload
-from planner.judging import CROWDED_CORES, WORDS
+from planner.judging import CROWDED_CORES, WORDS, in_a_crowd
 from planner.load.client import Answer
 from planner.load.driving import Driven, Protocol
 from planner.results import Verdict
@@ -92,6 +92,8 @@ def seen(driven: Driven, protocol: Protocol, limits: Sequence[Budget] = ()) -> S
         short=sum(a.tokens < a.asked_tokens for a in answered),
     )  # fmt: skip
     used = asdict(driven.used) if driven.used else {}
+    other = _crowd(driven)
+    verdicts = (_verdict(limit, found, figures, problem) for limit in limits if limit.level != "off")
     record = {
         **asdict(protocol), "scenario": driven.scenario, "counted_s": driven.until_s - driven.from_s,
         "late_p95_s": _rank(sorted(driven.late_s), 0.95) if driven.late_s else 0.0, **used,
@@ -100,7 +102,7 @@ def seen(driven: Driven, protocol: Protocol, limits: Sequence[Budget] = ()) -> S
     return Seen(
         scenario=driven.scenario, requests=requests, percentiles=found, figures=figures,
         steady=not problem, remarks=tuple(_remarks(driven, counted, answered, problem)),
-        verdicts=tuple(_verdict(limit, found, figures, problem) for limit in limits if limit.level != "off"), protocol=record,
+        verdicts=tuple(in_a_crowd(verdict, other) for verdict in verdicts), protocol=record,
     )  # fmt: skip
 
 
@@ -295,11 +297,10 @@ def _remarks(driven: Driven, counted: Sequence[Answer], answered: Sequence[Answe
         found.append(
             f"the load generator itself was late: 95 % of requests within {units.format(late_s, 'time')} of their time"
         )
-    if used := driven.used:
-        if used.generator_cores > SEVERAL:
-            found.append(f"the load generator used {used.generator_cores:.1f} cores of the machine it measures")
-        if used.other_cores is not None and used.other_cores > CROWDED_CORES:
-            found.append(f"other processes kept {used.other_cores:.1f} cores busy: a quiet machine would do better")
+    if (used := driven.used) and used.generator_cores > SEVERAL:
+        found.append(f"the load generator used {used.generator_cores:.1f} cores of the machine it measures")
+    if (other := _crowd(driven)) is not None:
+        found.append(f"other processes kept {other:.1f} cores busy: a quiet machine would do better")
     return found
 
 
@@ -322,6 +323,12 @@ def _with_the_next(values: Sequence[float]) -> float:
 
 
 # ---------------------------------------------------------------- verdicts
+
+
+def _crowd(driven: Driven) -> float | None:
+    """Return the cores other programs kept busy, where they did: a service under load takes all cores by turns."""
+    other = driven.used.other_cores if driven.used else None
+    return other if other is not None and other > CROWDED_CORES else None
 
 
 def _verdict(

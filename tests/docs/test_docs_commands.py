@@ -95,7 +95,9 @@ def _run_all(found: list[Command], block: Block, place: Path) -> None:
 def _run(command: Command, block: Block, place: Path, *, fine: set[int]) -> None:
     """Run a command; its exit code is a fine one, and it prints the lines that are shown, in that order."""
     done = _shell(["bash", "-c", command.text], place)
-    assert done.returncode in fine, f"{block.place}: {command.text}: exit code {done.returncode}\n{done.stderr}"
+    assert done.returncode in fine, (
+        f"{block.place}: {command.text}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     rest = done.stdout + done.stderr
     for line in command.shown:
         found = re.search(".*".join(map(re.escape, line.rstrip().split("…"))), rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +14,7 @@ from timed_service import Timed, timed_service
 from knowledge_base.errors import BadInput, EnvironmentProblem, ExitCode
 from knowledge_base.types import Budget, Workload
 from planner.cli import main
-from planner.load import client
+from planner.load import client, telling
 from planner.load.driving import Driven, Protocol, drive
 from planner.load.requests import Words
 from planner.load.telling import seen
@@ -236,11 +237,21 @@ def test_the_command_prints_what_its_schema_says(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_the_exit_code_is_the_verdict(
-    limits: tuple[str, ...], code: ExitCode, capsys: pytest.CaptureFixture[str]
+    limits: tuple[str, ...], code: ExitCode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(telling, "CROWDED_CORES", math.inf)  # whatever else runs here
     with timed_service(Timed(first_s=0.01, each_s=0.0)) as timed:
         assert main(["load", timed.url, *FAST, *limits]) == code
     assert limits[0].removeprefix("--").replace("-", "_") in capsys.readouterr().out
+
+
+def test_a_limit_missed_in_a_crowd_cannot_be_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telling, "CROWDED_CORES", -1.0)
+    with timed_service(Timed(first_s=0.01, each_s=0.0)) as timed:
+        assert main(["load", timed.url, *FAST, "--ttft-p50", "1ns"]) == ExitCode.INCONCLUSIVE
+    assert "cores busy meanwhile" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
