@@ -12,6 +12,8 @@ from search.pareto import front, hypervolume
 from search.problem import Priced
 
 NEARLY = 0.8  # of the most volume a plan adds
+HALFWAY = 0.5
+ENGINE_REACH = 1.6  # times the way to the optimistic end of an 80 % interval: one chance in fifty to be better yet
 BEYOND_WORST = 0.1  # of the range of each objective, that the point which bounds volumes lies beyond the worst
 
 
@@ -103,7 +105,7 @@ def _sober(priced: Priced) -> Priced:
 
 def _halfway_costs(priced: Priced) -> np.ndarray:
     """Return (plans, objectives): halfway from what is predicted to the optimistic ends."""
-    return (priced.costs("mid") + priced.costs("best")) / 2
+    return priced.costs("mid") + HALFWAY * (priced.costs("best") - priced.costs("mid"))
 
 
 def added_volume(costs: np.ndarray, there: np.ndarray) -> np.ndarray:
@@ -149,19 +151,24 @@ def _difference(plan: Plan, others: Sequence[Plan]) -> float:
 def _most_novel(candidates: Priced, pool: Sequence[int], seen: Sequence[Plan], there: np.ndarray) -> list[int]:
     """Return the indices of plans that would teach most, best first.
 
-    They try one technique, or engine, that no plan has that was seen, or as few as there are: what it does can then be
-    told, and it is built sooner than a heap of them. Of these, those that may add most to what is there. Where nothing
-    new may add anything, the plans of the pool come least like their nearest first.
+    An engine that no plan has that was seen comes before a technique: engines differ by more than techniques do, and what
+    one plan shows of an engine holds for all of its plans, so a small chance is worth a measurement. Then they try one
+    technique that no plan has, or as few as there are: what it does can then be told, and it is built sooner than a heap of
+    them. Of these, those that may add most to what is there. Where nothing new may add anything, the plans of the pool come
+    least like their nearest first.
     """
     known = {part for plan in seen for part in _parts(plan)}
     hopeful = np.flatnonzero(candidates.violations("mid") + candidates.violations("best") <= 0)
-    new = np.array([len(_parts(candidates.plans[i]) - known) for i in hopeful], dtype=int)
-    costs = _halfway_costs(candidates)
-    for number in sorted(set(new[new > 0].tolist())):
-        few = hopeful[new == number]
-        few = few[front(costs[few])]
-        if added_volume(costs[few], there).any():
-            return _by_volume(candidates, few, costs, there)
+    unseen = hopeful[[candidates.plans[i].engine not in known for i in hopeful]]
+    likely, best = candidates.costs("mid"), candidates.costs("best")
+    for among, reach in ((unseen, ENGINE_REACH), (hopeful, HALFWAY)):
+        costs = likely + reach * (best - likely)
+        new = np.array([len(_parts(candidates.plans[i]) - known) for i in among], dtype=int)
+        for number in sorted(set(new[new > 0].tolist())):
+            few = among[new == number]
+            few = few[front(costs[few])]
+            if added_volume(costs[few], there).any():
+                return _by_volume(candidates, few, costs, there)
     differences = {i: _difference(candidates.plans[i], seen) - 1.3 * len(candidates.plans[i].steps) for i in pool}
     return sorted(pool, key=lambda i: -differences[i])
 

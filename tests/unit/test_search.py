@@ -13,7 +13,7 @@ import search
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Budget, Plan, Step
 from planner import spec as specs
-from search.choose import added_volume, choose, promising
+from search.choose import _most_novel, added_volume, choose, promising
 from search.pareto import hypervolume
 from search.problem import Problem
 from search.solvers.local import neighbours
@@ -152,6 +152,17 @@ def test_one_novelty_at_a_time_is_tried():
         tried = {step.technique for plan in (*known, first.plan) for step in plan.steps}
         assert len({step.technique for step in novel.plan.steps} - tried) == 1
         known.append(novel.plan)
+
+
+def test_an_engine_nobody_measured_comes_before_a_technique():
+    space = space_of()
+    priced = search.solve(problem_of(space, loss=1.0), solver="exhaustive")
+    seen, nothing = [space.unchanged("transformers")], np.empty((0, 3))
+    everything = range(len(priced.plans))
+    engine = priced.plans[_most_novel(priced, everything, seen, nothing)[0]]
+    assert (engine.engine, engine.steps) == ("llama_cpp", ())
+    technique = priced.plans[_most_novel(priced, everything, [*seen, engine], nothing)[0]]
+    assert len(technique.steps) == 1
 
 
 def test_no_plan_is_hoped_to_be_better_than_the_model_as_it_came():
