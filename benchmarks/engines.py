@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "engines.json", HERE / "README.md"
+PAGE = HERE.parent / "docs" / "concepts" / "engines.md"
 KEPT = single.KEPT
 FOLDER = KEPT / "engines"
 
@@ -69,6 +70,7 @@ FORMATS = ("dtype", "weights")  # families of techniques that choose how weights
 COMPILE = "compile"  # the family of torch.compile, which takes half a minute for each plan:
 COMPILED = ("bfloat16", "int4")  # what stands beside it, apart from the model as it came
 SHARE = 1 / 4  # of the grid's runs, that the planner may use
+SAME_QUALITY = 0.01  # of perplexity, that an engine's fastest formats may lose
 BEST = 3  # of the grid, timed again beside the recommended plan: the first of many is often first by luck
 ATTEMPTS = 2  # a run may end before its number of plans, where they take longer than forecast
 WITHIN = 0.95  # of the speed of the best of the grid
@@ -521,6 +523,23 @@ def grid_table(found: Mapping[str, Any], *, quality: bool) -> str:
     return "\n".join([*lines, "", f"{bound}{note}.", *(["", "Left out:", "", *failed] if failed else [])]) + "\n"
 
 
+def summary(found: Mapping[str, Any]) -> str:
+    """Return one line for each engine: its fastest formats that keep the quality, for one request, for eight, for prompts."""
+    kinds = {
+        "decoding, 1 request": ("batch 1", "decode_tokens_per_s"), "decoding, 8 requests": ("batch 8", "decode_tokens_per_s"),
+        "reading a prompt": ("batch 1", "prefill_tokens_per_s"),
+    }  # fmt: skip
+    lines = [_line("engine", *(f"{kind}: tokens/s" for kind in kinds)), "|---" * (1 + len(kinds)) + "|"]
+    for engine, rows in found["rows"].items():
+        kept = [row for row in rows if row.get("perplexity_ratio", [1.0])[0] <= 1 + SAME_QUALITY]
+        cells = []
+        for batch, what in kinds.values():
+            best = max((row for row in kept if what in row.get(batch, {})), key=lambda row: row[batch][what][0], default=None)  # fmt: skip
+            cells.append(f"{best[batch][what][0]:.0f} ({best['format']})" if best else "-")
+        lines.append(_line(engine, *cells))
+    return "\n".join(lines) + "\n"
+
+
 def _in_cache(speed: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     return bool(speed.get("step_read_bytes", math.inf) <= (found["cache_bytes"] or 0))
 
@@ -611,6 +630,14 @@ def _bytes(value: float | None) -> str:
     return "-" if value is None else units.format(value, "bytes")
 
 
+def with_summaries(page: str, kept: Mapping[str, Any]) -> str:
+    """Return the text of the page on engines with the summaries of what is kept."""
+    for model, found in kept.items():
+        told = f"{found['model']}, {found['params'] / 1e6:.3g} M parameters, on {found['machine']}, {found['date']}; perplexity within {SAME_QUALITY:.0%}:"
+        page = placed(page, f"engines, {model}", f"{told}\n\n{summary(found)}")
+    return page
+
+
 def with_tables(readme: str, kept: Mapping[str, Any]) -> str:
     """Return the text of README.md with the tables of what is kept."""
     for model, found in kept.items():
@@ -624,9 +651,10 @@ def load() -> dict[str, Any]:
 
 
 def write(kept: Mapping[str, Any]) -> None:
-    """Write the figures, and the tables between the marks of README.md."""
+    """Write the figures, and the tables between the marks of README.md and of the page on engines."""
     RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     README.write_text(with_tables(README.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    PAGE.write_text(with_summaries(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the command

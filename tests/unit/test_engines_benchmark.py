@@ -316,6 +316,20 @@ def test_the_readme_has_the_tables_of_the_figures() -> None:
     assert bench.with_tables(readme, bench.load()) == readme, "python benchmarks/engines.py --tables writes both"
 
 
+def test_the_page_on_engines_has_their_fastest_formats() -> None:
+    page = bench.PAGE.read_text(encoding="utf-8")
+    assert bench.with_summaries(page, bench.load()) == page, "python benchmarks/engines.py --tables writes both"
+
+
+def test_what_loses_quality_is_no_engines_fastest() -> None:
+    def row(name: str, ratio: float, rate: float) -> dict[str, Any]:
+        speed = {"decode_tokens_per_s": [rate], "prefill_tokens_per_s": [rate]}
+        return {"format": name, "perplexity_ratio": [ratio], "batch 1": speed, "batch 8": {"why": "no room"}}
+
+    told = bench.summary({"rows": {"toy": [row("int2", 1.3, 90.0), row("int8", 1.001, 50.0)]}})
+    assert told.splitlines()[-1] == "| toy | 50 (int8) | - | 50 (int8) |"
+
+
 def test_the_random_model_has_the_parameters_it_is_named_for(tmp_path: Path) -> None:
     folder = tmp_path / "there"
     folder.mkdir()
