@@ -15,6 +15,12 @@ from planner import Budget, LeanplanError, Step, estimate, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = {"prompt_tokens": 64, "output_tokens": 16}
+FEW = [
+    "weight_int8",
+    "weight_int4",
+    "weight_dtype",
+    "batch_size",
+]  # all their plans are priced, however busy the machine
 
 
 @pytest.fixture
@@ -33,12 +39,14 @@ def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path, sto
     spec = tmp_path / "leanplan.yaml"
     spec.write_text(
         f"version: 1\nmodel: {{source: {model}}}\nworkload: {WORKLOAD}\nbudgets: {{quality_loss: 20 %, peak_memory: 2 GiB}}\n"
+        f"techniques: {{only: {FEW}}}\n"
     )
     from_file = plan(spec=spec, predict=True, store=store)
     from_arguments = plan(
         model,
         budgets={"quality_loss": "20 %", "peak_memory": "2 GiB"},
         workload=WORKLOAD,
+        techniques={"only": FEW},
         predict=True,
         store=store,
     )
