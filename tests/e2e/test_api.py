@@ -15,12 +15,6 @@ from planner import Budget, LeanplanError, Step, estimate, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = {"prompt_tokens": 64, "output_tokens": 16}
-FEW = [
-    "weight_int8",
-    "weight_int4",
-    "weight_dtype",
-    "batch_size",
-]  # all their plans are priced, however busy the machine
 
 
 @pytest.fixture
@@ -36,20 +30,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path, store: Path) -> None:
+    (profile,) = store.glob("machines/*.json")  # "local" may be measured again when it is quieter than it was
     spec = tmp_path / "leanplan.yaml"
     spec.write_text(
-        f"version: 1\nmodel: {{source: {model}}}\nworkload: {WORKLOAD}\nbudgets: {{quality_loss: 20 %, peak_memory: 2 GiB}}\n"
-        f"techniques: {{only: {FEW}}}\n"
+        f"version: 1\nmodel: {{source: {model}}}\nhardware: {profile}\nworkload: {WORKLOAD}\n"
+        "budgets: {quality_loss: 20 %, peak_memory: 2 GiB}\n"
     )
     from_file = plan(spec=spec, predict=True, store=store)
     from_arguments = plan(
         model,
+        hardware=profile,
         budgets={"quality_loss": "20 %", "peak_memory": "2 GiB"},
         workload=WORKLOAD,
-        techniques={"only": FEW},
         predict=True,
         store=store,
     )
+    assert len(from_file.results) > 10
     assert [r.plan.id for r in from_file.results] == [r.plan.id for r in from_arguments.results]
     assert from_file.recommended_id == from_arguments.recommended_id is not None
 

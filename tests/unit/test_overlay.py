@@ -184,7 +184,7 @@ DAMAGED = [
     ("electricity_prices.csv", ",0.01,", ",cheap,", 2, "`usd_per_kwh` must be a number"),
     ("grid_carbon.csv", "gco2e_per_kwh", "grams", 1, "unknown key 'grams'"),
     ("techniques/weight_rounded.py", '"""Round', '1 +\n"""Round', 1, "SyntaxError"),
-    ("techniques/weight_rounded.py", "from dataclasses", "from dataclases", 5, "ModuleNotFoundError"),
+    ("techniques/weight_rounded.py", "from knowledge_base", "from knowledge_bass", 5, "ModuleNotFoundError"),
     ("techniques/weight_rounded.py", "def rejects", "def reject", None, "does not define rejects"),
     ("techniques/weight_rounded.py", '("sparkle",)', '("sparkel",)', None, "unknown method 'sparkel'"),
     ("engines/lantern.py", "find = ", "", None, "does not define find"),
