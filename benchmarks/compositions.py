@@ -16,7 +16,6 @@ dominated shares of the box from the ideal (0, 0, 1) to REFERENCE: no smaller, n
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.made_models import SHIPPED, made
-from benchmarks.readme_tables import placed
+from benchmarks.readme_tables import figures, keep_figures, placed
 from search.pareto import front, hypervolume
 
 if TYPE_CHECKING:
@@ -281,16 +280,14 @@ def _ratio(value: float | None) -> str:
 
 def write(kept: Mapping[str, Any]) -> None:
     """Write compositions.json and the tables of README.md."""
-    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep_figures(RESULTS, kept)
     README.write_text(placed(README.read_text(encoding="utf-8"), "compositions", as_markdown(kept)), encoding="utf-8")
 
 
 def kept_before() -> dict[str, Any]:
     """Return what compositions.json holds, if it was measured with the same settings."""
     empty: dict[str, Any] = {"asked": ASKED, "arms": ARMS, "reference": list(REFERENCE), "models": {}}
-    if not RESULTS.is_file():
-        return empty
-    kept: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    kept = figures(RESULTS)
     return kept if {**kept, "models": {}} == empty else empty
 
 

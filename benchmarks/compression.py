@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.compression_references._reference import ROOT, Reference
-from benchmarks.readme_tables import placed, plain
+from benchmarks.readme_tables import figures, keep_figures, placed, plain
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "compression.json", HERE / "README.md"
@@ -364,7 +364,7 @@ def _spent(row: Mapping[str, Any]) -> str:
 
 def write(found: Mapping[str, Any]) -> None:
     """Write the figures, and the table of README.md."""
-    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep_figures(RESULTS, found)
     README.write_text(placed(README.read_text(encoding="utf-8"), "compression", as_markdown(found)), encoding="utf-8")
 
 
@@ -386,9 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{name} {one.version} ...", flush=True)
                 one.install(given.folder)
         return
-    found = {"rows": [], "left_out": []} | (
-        json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    )
+    found = {"rows": [], "left_out": []} | figures(RESULTS)
     folders = {folder.name: folder for folder in given.model or [SHIPPED]}
     if given.large:
         folders[LARGE] = make_large(given.folder / LARGE)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import shutil
 import sys
@@ -38,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import techniques as single
-from benchmarks.readme_tables import placed, plain
+from benchmarks.readme_tables import figures, keep_figures, placed, plain
 from cost_models.demand import chains, step_read_bytes
 from knowledge_base import units
 from knowledge_base.errors import CandidateFailed, EnvironmentProblem, Terminated
@@ -646,13 +645,9 @@ def with_tables(readme: str, kept: Mapping[str, Any]) -> str:
     return readme
 
 
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-
-
 def write(kept: Mapping[str, Any]) -> None:
     """Write the figures, and the tables between the marks of README.md and of the page on engines."""
-    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep_figures(RESULTS, kept)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), kept), encoding="utf-8")
     PAGE.write_text(with_summaries(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
@@ -693,7 +688,7 @@ def measure(model: str, *, only: Sequence[str], again: bool) -> None:
     """Measure what is not kept yet of one model, and write after every engine and question."""
     from planner.predicting import versions
 
-    subject, kept, questions = SUBJECTS[model], load(), QUESTIONS[model]
+    subject, kept, questions = SUBJECTS[model], figures(RESULTS), QUESTIONS[model]
     prepared = single.prepared_for(subject)
     plans = grid(prepared)
     device, size = prepared.hardware.device, sum(map(len, plans.values()))
@@ -750,14 +745,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables anew")
     given = parser.parse_args(arguments)
     if given.tables:
-        write(load())
+        write(figures(RESULTS))
         return
     for model in [given.model] if given.model else SUBJECTS:
         try:
             measure(model, only=given.only, again=given.again)
         except (KeyboardInterrupt, Terminated):
             sys.exit("stopped; the same command goes on from here")
-        print(as_markdown(load()[model], model), flush=True)
+        print(as_markdown(figures(RESULTS)[model], model), flush=True)
 
 
 if __name__ == "__main__":

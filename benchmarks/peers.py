@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import statistics
 import sys
@@ -32,7 +31,7 @@ from benchmarks import prediction_error as pe
 from benchmarks.peer_rules import aiconfigurator
 from benchmarks.peer_rules._asked import Answer, Asked, Peer
 from benchmarks.public_rows import SHARED, committed, observed, records, usable
-from benchmarks.readme_tables import placed, plain
+from benchmarks.readme_tables import figures, keep_figures, placed, plain
 from cost_models.error_report import spearman
 from cost_models.serving import law_of, predict, shipped
 from cost_models.serving_fit import Observed
@@ -216,9 +215,9 @@ def _seconds(seconds: float | None) -> str:
 
 def write(title: str, found: Mapping[str, Any]) -> None:
     """Write the figures, and the tables between the marks of README.md."""
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    kept = figures(RESULTS)
     kept[title] = found
-    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep_figures(RESULTS, kept)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
 

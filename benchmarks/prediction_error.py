@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.public_rows import SHARED, Row, committed, observed, read, records, usable
+from benchmarks.readme_tables import figures, keep_figures
 from cost_models.error_report import spearman
 from cost_models.serving import POOLED, QUANTITIES, Laws, law_of, memory_slack, predict, shipped, spread
 from cost_models.serving_calibration import calibrated, most_telling, widening
@@ -434,10 +434,6 @@ def _rows_of(path: Path) -> list[dict[str, str]]:
     return [{column: row.get(column) or "" for column in COLUMNS} for row in rows]
 
 
-def _written() -> dict[str, Any]:
-    return json.loads(WRITTEN.read_text(encoding="utf-8")) if WRITTEN.is_file() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="and the rows of ../shared that may not be committed")
@@ -453,14 +449,14 @@ def main() -> None:
     found, devices, table, rows = report(records() if options.all else committed())
     title = "all rows" if options.all else "committed rows"
     if options.check:
-        lines = worse(found, _written()[title])
+        lines = worse(found, figures(WRITTEN)[title])
         sys.exit("\n".join(["worse than written:", *lines]) if lines else None)
     if options.fit:
         write_laws(table, rows, devices)
         shipped.cache_clear()
     print(as_markdown(found))
-    written = _written() | {title: found, "shipped laws on committed rows": shipped_errors()}
-    WRITTEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = figures(WRITTEN) | {title: found, "shipped laws on committed rows": shipped_errors()}
+    keep_figures(WRITTEN, written)
     print(f"wrote {WRITTEN.name}")
 
 

@@ -1,8 +1,22 @@
-"""What benchmarks write into README.md: each its own tables, between marks that name them."""
+"""What benchmarks keep: their figures as JSON beside them, and in README.md their own tables, between marks that name them."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def figures(results: Path) -> dict[str, Any]:
+    """Return the figures of a benchmark's file; none where it is not there."""
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+
+
+def keep_figures(results: Path, found: Mapping[str, Any]) -> None:
+    """Write a benchmark's figures into its file."""
+    results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def placed(readme: str, name: str, table: str) -> str:

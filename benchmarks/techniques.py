@@ -17,7 +17,6 @@ Writes techniques.json and the tables of README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.readme_tables import placed, plain
+from benchmarks.readme_tables import figures, keep_figures, placed, plain
 from knowledge_base import units
 from knowledge_base.errors import Terminated
 from knowledge_base.registry import techniques
@@ -371,13 +370,9 @@ def with_tables(readme: str, kept: Mapping[str, Any]) -> str:
     return readme
 
 
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-
-
 def write(kept: Mapping[str, Any]) -> None:
     """Write the figures, and the tables between the marks of README.md."""
-    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep_figures(RESULTS, kept)
     README.write_text(with_tables(README.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
 
@@ -405,7 +400,7 @@ def measure(model: str, *, only: Sequence[str], again: bool) -> None:
     """Measure what is not kept yet of one model, and write after every technique."""
     from planner.predicting import versions
 
-    subject, kept = SUBJECTS[model], load()
+    subject, kept = SUBJECTS[model], figures(RESULTS)
     prepared = prepared_for(subject)
     plans, left_out = plans_of(prepared.space, prepared.refused, subject.chosen)
     device = prepared.hardware.device
@@ -452,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(model, only=given.only, again=given.again)
         except (KeyboardInterrupt, Terminated):
             sys.exit("stopped; the same command goes on from here")
-        print(as_markdown(load()[model], quality=SUBJECTS[model].quality), flush=True)
+        print(as_markdown(figures(RESULTS)[model], quality=SUBJECTS[model].quality), flush=True)
 
 
 if __name__ == "__main__":

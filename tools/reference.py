@@ -221,9 +221,10 @@ def techniques() -> str:
 def technique_pages() -> dict[str, str]:
     """Return a page for each technique there is, by name."""
     from benchmarks import techniques as measured
+    from benchmarks.readme_tables import figures
     from knowledge_base.registry import techniques as registry
 
-    kept = measured.load()
+    kept = figures(measured.RESULTS)
     plans = _legal_plans()
     return {name: _technique(name, module, plans.get(name, []), kept) for name, module in registry.all().items()}
 

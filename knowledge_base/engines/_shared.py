@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_base.errors import CandidateFailed
+from knowledge_base.types import Model
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")  # that an engine starts from
 
@@ -30,6 +31,15 @@ def missing(modules: Iterable[str], extra: str | None = None) -> str | None:
 def versions(modules: Iterable[str]) -> dict[str, str]:
     """Return the versions of modules by distribution."""
     return {name: importlib.metadata.version(name) for name in modules}
+
+
+def why_not_written(model: Model, architectures: Collection[str], form: str) -> str | None:
+    """Return why an engine of our own writers ("GGUF writer", "ONNX graph") cannot take a model, or None."""
+    if model.architecture not in architectures:
+        return f"architecture `{model.architecture}` has no {form} here; {', '.join(architectures)} have"
+    if model.experts:
+        return f"mixtures of experts have no {form} here"
+    return why_not_stored(model.weight_dtype)
 
 
 def why_not_stored(weight_dtype: str) -> str | None:

@@ -66,11 +66,7 @@ def versions() -> dict[str, str]:
 
 def accepts(model: Model) -> str | None:
     """Return why this engine cannot load the model, as a sentence, or None."""
-    if model.architecture not in ARCHITECTURES:
-        return f"architecture `{model.architecture}` has no GGUF writer here; {', '.join(ARCHITECTURES)} have"
-    if model.experts:
-        return "mixtures of experts are not written to GGUF"
-    return _shared.why_not_stored(model.weight_dtype)
+    return _shared.why_not_written(model, ARCHITECTURES, "GGUF writer")
 
 
 def export(session: Session, folder: Path) -> None:

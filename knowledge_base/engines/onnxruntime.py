@@ -50,11 +50,7 @@ def versions() -> dict[str, str]:
 
 def accepts(model: Model) -> str | None:
     """Return why this engine cannot load the model, as a sentence, or None."""
-    if model.architecture not in ARCHITECTURES:
-        return f"architecture `{model.architecture}` has no ONNX graph here; {', '.join(ARCHITECTURES)} have"
-    if model.experts:
-        return "mixtures of experts have no ONNX graph here"
-    if why := _shared.why_not_stored(model.weight_dtype):
+    if why := _shared.why_not_written(model, ARCHITECTURES, "ONNX graph"):
         return why
     if model.head_size % HEAD_MULTIPLE:
         return f"heads of {model.head_size} numbers; ONNX Runtime's attention needs a multiple of {HEAD_MULTIPLE}"

@@ -12,6 +12,7 @@ import pytest
 from tests_support import TOY_MODEL, TOY_WORKLOAD
 
 from benchmarks import techniques as bench
+from benchmarks.readme_tables import figures
 from knowledge_base.registry import complete, techniques
 from knowledge_base.types import Failure, Figure, Measurement, Plan, Step
 from planner.estimating.asking import read_step
@@ -184,7 +185,7 @@ def test_tables_are_written_between_their_marks_only() -> None:
 
 def test_the_readme_has_the_tables_of_the_figures() -> None:
     readme = bench.README.read_text(encoding="utf-8")
-    assert bench.with_tables(readme, bench.load()) == readme, "python benchmarks/techniques.py writes both"
+    assert bench.with_tables(readme, figures(bench.RESULTS)) == readme, "python benchmarks/techniques.py writes both"
 
 
 def test_an_unknown_technique_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
