@@ -1,7 +1,7 @@
 """The tensors a causal language model of a known family stores, from its config.json alone.
 
 One table gives the exact parameter count without weights, and tells which weights are missing where there are some.
-Families that are not in it are described by transformers itself (planner/reading.py). Shapes follow the modelling
+Families that are not in it are described by transformers itself (planner/reading/). Shapes follow the modelling
 code of transformers 5 (src/transformers/models/<family>/modeling_<family>.py); tests compare every family with it.
 """
 

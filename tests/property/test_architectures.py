@@ -17,9 +17,8 @@ from public_configs import transformers_asked_here
 
 from cost_models.demand import demand_of
 from knowledge_base.types import Model, Workload
-from planner import reading
 from planner.architectures import FAMILIES
-from planner.reading import read_model
+from planner.reading import model, read_model
 
 EXAMPLES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SAME = sorted({f.name for f in fields(Model)} - {"name", "source", "digest", "ffn_size", "max_context_tokens"})
@@ -35,7 +34,7 @@ def read(config: dict[str, Any], *, ours: bool = True) -> Model:
     """Return the model of a config.json, by our tables or as transformers builds it."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if not ours:
-            patch.setattr(reading, "_family", lambda config: None)
+            patch.setattr(model, "family_of", lambda config: None)
         (Path(name) / "config.json").write_text(json.dumps(config))
         return read_model(Path(name) / "config.json", weights="optional").model
 

@@ -358,9 +358,9 @@ def test_the_digest_follows_content_only(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_large_files_are_sampled(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import reading
+    from planner.reading import files
 
-    monkeypatch.setattr(reading, "WHOLE_DIGEST_BYTES", 2**20)
+    monkeypatch.setattr(files, "WHOLE_DIGEST_BYTES", 2**20)
     folder = shutil.copytree(tiny("llama"), tmp_path / "model")
     before = read_model(folder).model.digest
     assert read_model(tiny("llama")).model.digest == before
