@@ -318,14 +318,14 @@ def test_every_command_takes_every_global_flag(name: str) -> None:
 
 
 def test_exit_codes_are_told_from_one_table(capsys: pytest.CaptureFixture[str]) -> None:
-    from tools import reference
+    from tools.reference import command_line
 
     codes = [int(code) for code in ExitCode]
     assert list(EXIT_CODE_MEANING) == codes
     assert schemas.schema("error")["$defs"]["Fault"]["properties"]["exit_code"]["enum"] == codes
     assert main(["help", "exit-codes"]) == ExitCode.DONE
     told = capsys.readouterr().out
-    page, epilog = reference.exit_codes(), str(build_parser().epilog)
+    page, epilog = command_line.exit_codes(), str(build_parser().epilog)
     for code, meaning in EXIT_CODE_MEANING.items():
         assert re.search(rf"^{int(code)} +{re.escape(meaning.split()[0])}", told, re.MULTILINE)
         assert f"| `{int(code)}` | `{code.name}` | {meaning}" in page
@@ -333,11 +333,11 @@ def test_exit_codes_are_told_from_one_table(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_schema_command_and_the_reference_know_every_schema() -> None:
-    from tools import reference
+    from tools.reference import interfaces
 
     (of,) = [a for a in build_parser().verbs["schema"]._actions if a.dest == "of"]
     assert tuple(of.choices or ()) == schemas.names() == (*schemas.WRITTEN, *commands.names())
-    page = reference.files()
+    page = interfaces.files()
     for name in schemas.names():
         assert f"### {name}\n" in page
         for part in schemas.schema(name).get("$defs", {}):

@@ -133,13 +133,13 @@ def test_the_tables_of_the_reference_hold_every_entry() -> None:
     from knowledge_base.metrics import METRICS
     from planner import spec
     from planner.cli import GLOBAL_FLAGS
-    from tools import reference
+    from tools.reference import command_line, measuring
 
     wanted = {
-        reference.exit_codes(): [*(str(int(c)) for c in EXIT_CODE_MEANING), *FAILURE_KINDS],
-        reference.metrics(): [text for m in METRICS.values() for text in (m.name, m.label)],
-        reference.spec(): [key for key, *_ in spec.rows()],
-        reference.environment(): [f"LEANPLAN_{flag[2:].replace('-', '_').upper()}" for flag, _ in GLOBAL_FLAGS],
+        command_line.exit_codes(): [*(str(int(c)) for c in EXIT_CODE_MEANING), *FAILURE_KINDS],
+        measuring.metrics(): [text for m in METRICS.values() for text in (m.name, m.label)],
+        command_line.spec(): [key for key, *_ in spec.rows()],
+        command_line.environment(): [f"LEANPLAN_{flag[2:].replace('-', '_').upper()}" for flag, _ in GLOBAL_FLAGS],
     }
     for page, entries in wanted.items():
         assert not [e for e in entries if f"`{e}`" not in page]
@@ -157,6 +157,6 @@ def test_the_tables_of_the_reference_hold_every_entry() -> None:
     ],
 )
 def test_text_of_the_code_is_shown_literally(text: str, shown: str) -> None:
-    from tools import reference
+    from tools.reference.markdown import inline
 
-    assert reference.inline(text) == shown
+    assert inline(text) == shown

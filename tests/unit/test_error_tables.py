@@ -8,7 +8,8 @@ import json
 import pytest
 
 from benchmarks import prediction_error
-from tools import error_tables, reference
+from tools import error_tables
+from tools.reference import predictions
 
 KNOWN = json.loads(prediction_error.WRITTEN.read_text(encoding="utf-8"))
 
@@ -65,7 +66,7 @@ def test_a_miss_that_nothing_explains_stops_the_page(section: dict) -> None:
 
 
 def test_the_page_has_calibration_and_fine_tuning_with_their_targets() -> None:
-    text = reference.accuracy()
+    text = predictions.accuracy()
     assert text.count("### Targets missed, and the term to blame") == 2
     assert "| decode | 25 |" in text and "≤ 6% |" in text
     assert "| memory |" in text.split("## Fine-tuning")[1]

@@ -11,7 +11,9 @@ import pytest
 from benchmarks import techniques as measured
 from benchmarks.readme_tables import figures
 from knowledge_base.registry import techniques
-from tools import reference
+from tools.reference import technique_pages
+from tools.reference.markdown import codes, inline
+from tools.reference.refusals import refusals
 
 SECTIONS = (
     "Settings", "What it needs", "When it is refused", "What it changes", "What was published", "What was measured",
@@ -20,11 +22,11 @@ SECTIONS = (
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
-    return reference.technique_pages()
+    return technique_pages.each()
 
 
 def test_every_technique_has_a_page_and_the_overview_leads_there(pages: dict[str, str]) -> None:
-    overview = reference.techniques()
+    overview = technique_pages.techniques()
     assert set(pages) == set(techniques.names())
     for name in pages:
         assert f'<a id="{name}"></a>[`{name}`](techniques/{name}.md)' in overview
@@ -34,13 +36,13 @@ def test_every_technique_has_a_page_and_the_overview_leads_there(pages: dict[str
 def test_a_page_says_all_that_the_file_says(name: str, pages: dict[str, str]) -> None:
     text, module = pages[name], techniques.get(name)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(SECTIONS)
-    assert reference.inline((module.__doc__ or "").split("\n\n")[0]) in text
+    assert inline((module.__doc__ or "").split("\n\n")[0]) in text
     for knob, choice in module.TECHNIQUE.knobs.items():
-        assert f"| `{knob}` | {reference.codes(choice.options)} | `{choice.default}` |" in text
+        assert f"| `{knob}` | {codes(choice.options)} | `{choice.default}` |" in text
     for tag in (*module.TECHNIQUE.needs, *module.TECHNIQUE.provides, *module.TECHNIQUE.implements):
         assert f"`{tag}`" in text
     assert text.count("| demand | meaning | before |") == 1, "what it changes is shown on a model it changes"
-    assert not module.EVIDENCE or f"| {reference.inline(module.EVIDENCE[0].model)} |" in text
+    assert not module.EVIDENCE or f"| {inline(module.EVIDENCE[0].model)} |" in text
     assert "No model and no setting is refused" not in text, "every one says when it cannot be used"
     assert f"`leanplan explain {name}`" in text
 
@@ -77,12 +79,12 @@ def test_refusals_are_read_from_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     import importlib
 
     module: ModuleType = importlib.import_module("hasty_for_pages")
-    found = reference._refusals(module)
+    found = refusals(module)
     assert set(found) == {
         "… has … experts | <script>", "too long", "no *matrix* fits",
         "weights are already stored as …; quantising twice loses far more than once",
     }  # fmt: skip
-    assert reference.inline("… has … experts | <script>") == "… has … experts \\| &lt;script&gt;"
+    assert inline("… has … experts | <script>") == "… has … experts \\| &lt;script&gt;"
 
 
 def test_measured_rows_are_shown_with_machine_and_date(pages: dict[str, str]) -> None:
@@ -97,12 +99,12 @@ def test_measured_rows_are_shown_with_machine_and_date(pages: dict[str, str]) ->
         "model": "models/tiny-lm", "note": "", "machine": "a | machine", "date": "2026-11-22",
         "left_out": {"prune_experts": "no experts"}, "rows": {"weight_int8": [row], "weight_int4": [other]},
     }  # fmt: skip
-    text = reference._measured("weight_int8", {"shipped": found})
+    text = technique_pages._measured("weight_int8", {"shipped": found})
     assert "On models/tiny-lm, a \\| machine, 2026-11-22:" in text
     assert "1 MiB (0.25×)" in text and "1.50× [1.40, 1.60]" in text
     assert "weight_int4" not in text and "no experts" not in text
-    assert "Not on models/tiny-lm: no experts." in reference._measured("prune_experts", {"shipped": found})
-    assert "Not by" in reference._measured("rotate", {"shipped": found})
+    assert "Not on models/tiny-lm: no experts." in technique_pages._measured("prune_experts", {"shipped": found})
+    assert "Not by" in technique_pages._measured("rotate", {"shipped": found})
 
 
 def test_the_pages_show_what_is_kept(pages: dict[str, str]) -> None:
