@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 ENGINE = Engine(
     summary="llama.cpp on the CPU, weights in GGUF block formats",
     offers=frozenset(
-        {"gguf", "kv:8", "kv:4", "lookup", "draft_model", "batch", "threads", "prefix_cache", "prefill_chunk"}
+        {
+            "gguf",
+            "kv:8",
+            "kv:4",
+            "lookup",
+            "draft_model",
+            "batch",
+            "threads",
+            "pinned_threads",
+            "prefix_cache",
+            "prefill_chunk",
+        }
     ),
     preload=("numpy", "knowledge_base.engines._llama_running"),
     modules=("xllamacpp", "gguf"),
@@ -36,6 +47,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
     "threads": _shared.AT_LEAST_ONE,
+    "pinned": _shared.TRUE,
     "batch": _shared.AT_LEAST_ONE,
     "kv_bits": _shared.KV_BITS,
     "prefix_cache": _shared.TRUE,  # these two are the server's: one batch after the other keeps and interrupts nothing
@@ -96,7 +108,9 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
         EnvironmentProblem: xllamacpp is missing or has another binary interface.
     """
     path = _checked(folder, runtime)
-    from knowledge_base.engines import _llama_running
+    from knowledge_base.engines import _llama_running, _pinning
+
+    _pinning.pin(runtime)
 
     drafted = runtime.get("draft_tokens", runtime.get("lookup_tokens", 0))
     draft = folder / DRAFT if "draft_tokens" in runtime else None
@@ -116,7 +130,9 @@ def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, t
         from knowledge_base.engines._serving import OneByOneOnly
 
         raise OneByOneOnly("llama.cpp's server drafts in another way than was measured")
-    from knowledge_base.engines import _llama_server
+    from knowledge_base.engines import _llama_server, _pinning
+
+    _pinning.pin(runtime)
 
     return _llama_server.LlamaServer(path, runtime, context_tokens)
 

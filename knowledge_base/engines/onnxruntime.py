@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ENGINE = Engine(
     summary="ONNX Runtime on the CPU, weights in float32, 8 or 4 bits",
-    offers=frozenset({"onnx", "batch", "threads"}),
+    offers=frozenset({"onnx", "batch", "threads", "pinned_threads"}),
     preload=("numpy", "onnxruntime", "knowledge_base.engines._onnx_running"),
     modules=("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
     devices=frozenset({"cpu"}),  # the wheel is built without GPU kernels
@@ -34,6 +34,7 @@ HEAD_MULTIPLE = 16  # of the size of a head, in the kernel that rotates and atte
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
     "threads": _shared.AT_LEAST_ONE,
+    "pinned": _shared.TRUE,
     "batch": _shared.AT_LEAST_ONE,
 }
 
@@ -82,6 +83,8 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
             when files are missing, damaged or not this engine's.
     """
     _shared.require_runtime("onnxruntime", runtime, _RUNTIME)
-    from knowledge_base.engines import _onnx_running
+    from knowledge_base.engines import _onnx_running, _pinning
+
+    _pinning.pin(runtime)
 
     return _onnx_running.OnnxRunning(folder, threads=runtime.get("threads"))

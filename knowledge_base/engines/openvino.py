@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ENGINE = Engine(
     summary="OpenVINO on the CPU, weights in float, 8 or 4 bits",
-    offers=frozenset({"openvino", "factorised", "kv:8", "kv:4", "batch", "threads", "prefix_cache",
+    offers=frozenset({"openvino", "factorised", "kv:8", "kv:4", "batch", "threads", "pinned_threads", "prefix_cache",
                       "prefill_chunk"}),
     preload=("numpy", "knowledge_base.engines._openvino_running"),
     modules=("openvino", "nncf"),
@@ -36,6 +36,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
     "threads": _shared.AT_LEAST_ONE,
+    "pinned": _shared.TRUE,
     "batch": _shared.AT_LEAST_ONE,
     "kv_bits": _shared.KV_BITS,
     "prefix_cache": _shared.TRUE,  # these two are the server's: one batch after the other keeps and interrupts nothing
@@ -84,7 +85,9 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
             when files are missing, damaged or not this engine's.
     """
     path = _checked(folder, runtime)
-    from knowledge_base.engines import _openvino_running
+    from knowledge_base.engines import _openvino_running, _pinning
+
+    _pinning.pin(runtime)
 
     return _openvino_running.OpenvinoRunning(path, threads=runtime.get("threads"), kv_bits=runtime.get("kv_bits"))
 
@@ -101,7 +104,9 @@ def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, t
         from knowledge_base.engines._serving import OneByOneOnly
 
         raise OneByOneOnly(why)
-    from knowledge_base.engines import _openvino_server
+    from knowledge_base.engines import _openvino_server, _pinning
+
+    _pinning.pin(runtime)
 
     return _openvino_server.served(path, runtime, context_tokens, texts)
 

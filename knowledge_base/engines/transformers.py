@@ -22,7 +22,7 @@ ENGINE = Engine(
         "torch", "packed:int8", "packed:int4", "packed:int3", "packed:int2", "packed:codebook", "packed:fp8", "packed:table",
         "packed:sparse",
         "dynamic:int8", "static:int8", "factorised", "thresholded", "corrected", "split_ffn",
-        "offload", "kv:8", "kv:4", "kv_eviction", "prompt_pruning", "prompt_blocks", "prompt_compression", "lookup", "draft_model", "layer_exit", "prompt_neurons", "compile", "attention_kernel", "batch", "threads",
+        "offload", "kv:8", "kv:4", "kv_eviction", "prompt_pruning", "prompt_blocks", "prompt_compression", "lookup", "draft_model", "layer_exit", "prompt_neurons", "compile", "attention_kernel", "batch", "threads", "pinned_threads",
     }),
     preload=(
         "torch", "safetensors.torch", "transformers.modeling_utils", "transformers.masking_utils",
@@ -37,6 +37,7 @@ ENGINE = Engine(
 # Runtime keys: what a value must satisfy, and the words for it.
 _RUNTIME = {
     "threads": _shared.AT_LEAST_ONE,
+    "pinned": _shared.TRUE,
     "batch": _shared.AT_LEAST_ONE,
     "kv_bits": _shared.KV_BITS,
     "lookup_tokens": _shared.AT_LEAST_ONE,
@@ -153,6 +154,7 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
     _shared.require_runtime("transformers", runtime, _RUNTIME)
     _shared.require_together(runtime, _TOGETHER)
     from knowledge_base.engines import (
+        _pinning,
         _torch_artefact,
         _torch_attention,
         _torch_drafting,
@@ -161,6 +163,7 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
         _torch_running,
     )
 
+    _pinning.pin(runtime)
     device, parts, weights = _torch_artefact.best_device(), runtime.get("offload", ()), folder / _torch_artefact.WEIGHTS
     model = _torch_artefact.load(folder, device, waiting=_torch_offload.waiting(parts, weights, device))
     if "attention" in runtime:

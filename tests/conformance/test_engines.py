@@ -6,7 +6,11 @@ log-probability from plain transformers that is still right for the format it st
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +18,22 @@ import numpy
 import pytest
 import torch
 
+from knowledge_base.engines._pinning import chosen
 from knowledge_base.errors import LeanplanError
 from knowledge_base.registry import engines
 from knowledge_base.types import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_TOKENS, NEW_TOKENS = 24, 16
+PINNED = """
+import json, os, sys
+from pathlib import Path
+from knowledge_base.registry import engines
+
+running = engines.get(sys.argv[1]).open_artefact(Path(sys.argv[2]), {"threads": 1, "pinned": True})
+running.generate([[5, 6, 7]], 4)
+print(json.dumps([sorted(os.sched_getaffinity(int(task.name))) for task in Path("/proc/self/task").iterdir()]))
+"""
 WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".data")
 FEATURES = {"kv:8": {"kv_bits": 8}, "kv:4": {"kv_bits": 4}, "lookup": {"lookup_tokens": 4}, "threads": {"threads": 1},
             "batch": {"batch": 2}}  # fmt: skip
@@ -144,6 +158,19 @@ def test_log_probs_are_distributions_and_match_plain_transformers(engine, oracle
     assert found.shape == (PROMPT_TOKENS, 4096)
     assert numpy.exp(found.astype(numpy.float64)).sum(axis=1) == pytest.approx(1, abs=1e-4)
     assert numpy.abs(found - expected_log_probs(oracle, prompts[0])).max() <= tolerance(engine)
+
+
+def test_threads_are_kept_on_cores(engine, artefact):
+    if "pinned_threads" not in engine.ENGINE.offers:
+        pytest.skip("the engine keeps no threads on cores")
+    name = next(name for name in engines.names() if engines.get(name) is engine)
+    done = subprocess.run(
+        [sys.executable, "-c", PINNED, name, str(artefact)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    masks, pinned = json.loads(done.stdout.splitlines()[-1]), list(chosen(1))
+    assert pinned in masks  # what computes; threads that libraries start as they are imported may stay where they are
+    assert all(mask in (pinned, sorted(os.sched_getaffinity(0))) for mask in masks)
 
 
 def test_scoring_does_not_disturb_generating(prompts, open_with):

@@ -14,6 +14,7 @@ from goldens import accepted
 from served import artefact
 from worlds import leanplan
 
+from knowledge_base.engines._pinning import chosen
 from knowledge_base.errors import BadInput, ExitCode
 from knowledge_base.types import Plan, Step
 from planner import building
@@ -209,3 +210,10 @@ def test_the_command(tmp_path: Path) -> None:
     unknown = leanplan("export", folder, "--to", "llama.cp", "-o", "other", cwd=tmp_path)
     assert unknown.returncode == ExitCode.BAD_INPUT and "Did you mean" in unknown.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_script_keeps_threads_where_they_were_measured(tmp_path: Path) -> None:
+    manifest = {**MANIFEST, "runtime": {"threads": 1, "pinned": True}}
+    one = replace(deployment(tmp_path), folder=artefact("llama_cpp", threads=2, batch=4), manifest=manifest)
+    script = exports.targets.get("llama_cpp").files(one)["serve.sh"]
+    assert f"--cpu-mask {1 << chosen(1)[0]:x} " in script and "--cpu-strict 1 " in script

@@ -9,7 +9,7 @@ from planner.serving.exports import Deployment
 
 SUMMARY = "the GGUF file and llama-server's command line"
 FILE = "model.gguf"
-KNOWN = ("threads", "batch", "kv_bits", "prefix_cache", "prefill_chunk")
+KNOWN = ("threads", "pinned", "batch", "kv_bits", "prefix_cache", "prefill_chunk")
 DRAFTING = ("lookup_tokens", "draft_tokens")  # llama-server has both, by rules of its own
 UBATCH = 512  # tokens that llama.cpp computes at once, unless told otherwise
 CACHE_TYPES = {8: "q8_0", 4: "q4_1"}
@@ -33,6 +33,7 @@ def files(deployment: Deployment) -> dict[str, str]:
 
 
 def _script(deployment: Deployment) -> str:
+    from knowledge_base.engines import _pinning
     from knowledge_base.engines._llama_server import ALL_F32, facts_of
 
     facts = facts_of(deployment.folder / FILE)
@@ -44,6 +45,9 @@ def _script(deployment: Deployment) -> str:
     }  # fmt: skip
     if threads := runtime.get("threads"):
         settings |= {"threads": threads, "threads-batch": threads}
+    if runtime.get("pinned"):
+        cores = _pinning.chosen(threads)
+        settings |= {"cpu-mask": f"{sum(1 << core for core in cores):x}", "cpu-strict": 1}
     if bits := runtime.get("kv_bits"):
         settings |= {"cache-type-k": CACHE_TYPES[bits], "cache-type-v": CACHE_TYPES[bits], "flash-attn": "on"}
     elif facts["file_type"] == ALL_F32:
