@@ -7,7 +7,7 @@ import http.client
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 from worlds import ROOT, command, environment
 
+from knowledge_base.engines._serving import Piece, Server, Wanted
 from knowledge_base.registry import engines
 from knowledge_base.types import Plan, Session
 from planner import building
@@ -41,6 +42,28 @@ def artefact(engine: str, **runtime: Any) -> Path:
     plan = Plan(model_digest="tiny-lm", engine=engine)
     building.seal(folder, plan, allocation=None, runtime=runtime, notes={}, versions=module.versions())
     return folder
+
+
+class Numbers:
+    """Texts of a server: tells tokens as their numbers, so that a text says which they were."""
+
+    def __init__(self, *end: int) -> None:
+        self.end = frozenset(end)
+
+    def reading(self) -> Callable[[int], str]:
+        return lambda token: f"{token} "
+
+
+def told(server: Server, prompt: Iterable[int], new_tokens: int = 24, **more: Any) -> tuple[list[int], int, str]:
+    """Return the tokens that a server of `Numbers` told, how many were counted, and why the answer ended."""
+    pieces: list[Piece] = []
+
+    def hear(piece: Piece) -> bool:
+        pieces.append(piece)
+        return True
+
+    ended = server.answer(Wanted(prompt=tuple(prompt), new_tokens=new_tokens, **more), hear)
+    return [int(n) for piece in pieces for n in piece.text.split()], sum(p.tokens for p in pieces), ended
 
 
 class Served:

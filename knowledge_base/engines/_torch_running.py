@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 import torch
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
 from knowledge_base.engines._running import GREEDY, Generation, Sampling, require
 from knowledge_base.engines._sampling import Sampler
@@ -54,6 +54,7 @@ class TorchRunning:
         offloaded: Offloaded | None = None,
     ) -> None:
         parameters = inspect.signature(model.forward).parameters
+        self._inputs = parameters.keys()
         cache_name = next((name for name in CACHE_NAMES if name in parameters), None)
         if cache_name is None:
             raise CandidateFailed(
@@ -134,6 +135,28 @@ class TorchRunning:
     def _drawing(self, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
         sampler = Sampler(sampling)
         return lambda logits: self._tensor([[sampler.draw(logits[0, -1].float().cpu().numpy())]])
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the model knows."""
+        self._check_open()
+        return int(self._model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether sequences of different lengths can be read together: `last_logits` with a mask and positions."""
+        kept = {type(layer) for layer in DynamicCache(config=self._model.config).layers}
+        return kept <= {DynamicLayer, DynamicSlidingWindowLayer} and {"attention_mask", "position_ids"} <= self._inputs
+
+    def last_logits(self, tokens: Sequence[Sequence[int]], cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits (rows, vocabulary) after tokens that follow what the cache has read.
+
+        Args:
+            inputs: where rows are of different lengths, padded on the left: `attention_mask` (rows, tokens read and to
+                read) of zeros and ones, and `position_ids` (rows, tokens to read).
+        """
+        given = {name: value.to(self._device) for name, value in inputs.items()}
+        return self._forward(self._tensor(tokens), cache, **given, **self._last_logits)[:, -1]
 
     def log_probs(self, tokens: Sequence[int]) -> numpy.ndarray:
         """Return float32 (len(tokens), vocabulary) log-softmax rows; see `Running.log_probs`."""
@@ -296,8 +319,7 @@ class TorchRunning:
 
     def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int, *, least: int = 1) -> None:
         self._check_open()
-        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
-        require(prompts, new_tokens, context=self.context_tokens, vocabulary=vocabulary, least=least)
+        require(prompts, new_tokens, context=self.context_tokens, vocabulary=self.vocabulary, least=least)
         if self._decoding and len(prompts) > 1:
             raise BadInput("with drafts one prompt runs at a time", hint="give one prompt")
         if self._neurons and len(prompts) > 1:

@@ -15,6 +15,8 @@ from knowledge_base.types import Engine, Model, Session
 
 if TYPE_CHECKING:
     from knowledge_base.engines._running import Running
+    from knowledge_base.engines._serving import Server, Texts
+    from knowledge_base.engines._torch_running import TorchRunning
 
 ENGINE = Engine(
     summary="PyTorch with transformers, on the CPU or the first CUDA GPU",
@@ -58,6 +60,8 @@ _RUNTIME = {
         "a list of names of modules, each once",
     ),
 }
+
+_SIDE_BY_SIDE = {"threads", "pinned", "batch", "offload"}  # all that goes with answers that join and leave
 
 # Ways to write an answer, and ways to look at less of the prompt: one of each at most.
 _DRAFTS = ("lookup_tokens", "draft_tokens", "exit_layers")
@@ -151,6 +155,27 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
         CandidateFailed: "unsupported" for a runtime key or value this engine or model has no way to honour,
             "load_error" when files are missing, damaged or do not fit each other.
     """
+    return _opened(folder, runtime)
+
+
+def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, texts: Texts) -> Server:
+    """Load an artefact into a batch that answers join and leave, `batch` of them at once.
+
+    Raises:
+        OneByOneOnly: the plan or the model writes one answer at a time; CandidateFailed: as `open_artefact`.
+    """
+    _shared.require_runtime("transformers", runtime, _RUNTIME)
+    from knowledge_base.engines._serving import OneByOneOnly
+
+    if own := sorted(runtime.keys() - _SIDE_BY_SIDE):
+        raise OneByOneOnly(f"`{own[0]}` is for sequences that begin and end together")
+    from knowledge_base.engines import _torch_server
+
+    slots = runtime.get("batch", 1)
+    return _torch_server.served(_opened(folder, runtime), texts, slots=slots, context_tokens=context_tokens)
+
+
+def _opened(folder: Path, runtime: Mapping[str, Any]) -> TorchRunning:
     _shared.require_runtime("transformers", runtime, _RUNTIME)
     _shared.require_together(runtime, _TOGETHER)
     from knowledge_base.engines import (

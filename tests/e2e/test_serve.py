@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 RUNTIME: dict[str, dict[str, int]] = {name: {"threads": 1} for name in engines.names()} | {
     "llama_cpp": {"threads": 1, "batch": 2},
     "openvino": {"threads": 1, "batch": 2},
+    "transformers": {"threads": 1, "batch": 2},
 }
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 1000, "ignore_eos": True, "stream": True}

@@ -12,10 +12,12 @@ import numpy
 import pytest
 import torch
 from gguf_sessions import make_session
+from served import Numbers
+from served import told as served
 
 from knowledge_base.engines import openvino as engine
 from knowledge_base.engines._running import Sampling
-from knowledge_base.engines._serving import LENGTH, STOP, OneByOneOnly, Wanted
+from knowledge_base.engines._serving import LENGTH, STOP, OneByOneOnly
 from knowledge_base.errors import BadInput, CandidateFailed
 from knowledge_base.techniques._kinds import other_sizes
 from knowledge_base.techniques.weight_openvino import group_bits, row_bits
@@ -267,27 +269,9 @@ print(json.dumps(pipeline.generate(inputs, config).tokens[0]))
 # ---------------------------------------------------------------- its server
 
 
-class Numbers:
-    """Tells tokens as their numbers, so that a text says which they were."""
-
-    def __init__(self, *end: int) -> None:
-        self.end = frozenset(end)
-
-    def reading(self):
-        return lambda token: f"{token} "
-
-
 def server_of(folder: Path, *end: int, context_tokens: int = 256, **runtime: object):
     pytest.importorskip("openvino_genai")
     return engine.open_server(folder, {"threads": 1, "batch": 2, **runtime}, context_tokens, Numbers(*end))
-
-
-def served(server, prompt, new_tokens: int = 24, **more: object) -> tuple[list[int], int, str]:
-    """Return the tokens that were told, how many were counted, and why the answer ended."""
-    pieces = []
-    wanted = Wanted(prompt=tuple(prompt), new_tokens=new_tokens, **more)
-    ended = server.answer(wanted, lambda piece: pieces.append(piece) or True)
-    return [int(n) for piece in pieces for n in piece.text.split()], sum(p.tokens for p in pieces), ended
 
 
 def pruned(session):

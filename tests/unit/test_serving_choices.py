@@ -81,18 +81,22 @@ def test_any_number_of_slots_for_requests_that_come_when_they_come() -> None:
 
 
 def test_the_search_proposes_them_on_engines_that_have_them() -> None:
-    space = build_space(MODEL, ARRIVING, TOY_MACHINE, engine_names=["transformers", "llama_cpp"])
+    space = build_space(MODEL, ARRIVING, TOY_MACHINE, engine_names=["transformers", "onnxruntime", "llama_cpp"])
     told = {r.what: r.why for r in space.refused}
-    assert not {"batch", "prefix", "prefill_schedule"} & set(space.options["transformers"])
-    assert any(what.startswith("batch_size(count=2) on transformers") and "one request after another" in why for what, why in told.items())  # fmt: skip
+    assert not {"batch", "prefix", "prefill_schedule"} & set(space.options["onnxruntime"])
+    assert any(what.startswith("batch_size(count=2) on onnxruntime") and "one request after another" in why for what, why in told.items())  # fmt: skip
     own = {family: [str(step) for step in steps] for family, steps in space.options["llama_cpp"].items()}
     assert [f"batch_size(count={n})" for n in (2, 4, 8, 16, 32)] == own["batch"]
     assert own["prefix"] == ["prefix_caching"] and own["prefill_schedule"] == ["chunked_prefill(tokens=128)"]
     pieces = Step("chunked_prefill", {"tokens": 128})
     assert space.plan("llama_cpp", [pieces]) is None  # with one slot nobody waits
     assert space.plan("llama_cpp", [pieces, Step("batch_size", {"count": 2})])
-    still = build_space(MODEL, ALONE, TOY_MACHINE, engine_names=["transformers", "llama_cpp"])
-    assert still.options["transformers"]["batch"] and "prefix" not in still.options["llama_cpp"]
+    several, eight_bits = Step("batch_size", {"count": 2}), Step("kv_cache_quantised", {"bits": 8})
+    assert space.plan("transformers", [several]) and space.plan("transformers", [eight_bits])
+    assert space.plan("transformers", [several, eight_bits]) is None  # answers join and leave at any step
+    still = build_space(MODEL, ALONE, TOY_MACHINE, engine_names=["transformers", "onnxruntime", "llama_cpp"])
+    assert still.plan("transformers", [several, eight_bits])
+    assert still.options["onnxruntime"]["batch"] and "prefix" not in still.options["llama_cpp"]
 
 
 # ---------------------------------------------------------------- what is predicted
