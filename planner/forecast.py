@@ -270,9 +270,9 @@ class Forecast:
         Raises:
             LeanplanError: it cannot be read, or the hub cannot be reached.
         """
-        from planner.preparing import model_source, read_models
+        from planner.preparing import read_models, source_of
 
-        key = (model_source(spec), spec.model.revision, spec.draft)
+        key = (source_of(spec, spec.model), spec.model.revision, spec.draft)
         if key not in self._models:
             self._models[key] = read_models(
                 spec, offline=self.offline, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
@@ -322,7 +322,7 @@ class Forecast:
         Raises:
             BadInput: the spec is not for this machine; LeanplanError: as `outlook`.
         """
-        from planner.loop import Download, Settings
+        from planner.downloading import Download
         from planner.predicting import learned
         from planner.store import Store
 
@@ -331,9 +331,7 @@ class Forecast:
                 f"nothing would be run: {spec.hardware} is another machine", where="hardware",
                 hint="leanplan plan --predict prices the plans there in seconds",
             )  # fmt: skip
-        missing = Download.of(
-            spec, Settings(run_root=run_root, store_root=self.store, offline=self.offline)
-        ).missing_bytes
+        missing = Download.of(spec, offline=self.offline).missing_bytes
         outlook = self.outlook(spec)
         model, hardware = outlook.model, outlook.hardware
         calibration = learned(Store(self.store).records(hardware.fingerprint), model, spec.workload, hardware)

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_base import units
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem, Terminated
 from knowledge_base.metrics import find_metric
 from knowledge_base.serde import digest, plain
 from knowledge_base.types import Estimate, Measurement, Plan
 from planner import answering
+from planner.downloading import Download
 from planner.foreseeing import BUILD_SHARE, FINALIST_SHARE, FINALISTS, experience, foresee
 from planner.judging import judge
 from planner.predicting import infeasible, learned, predicted, prices, problem_of, search_plans, spec_facts, versions
-from planner.preparing import Prepared, in_part, memory_limit_bytes, model_source, prepare, told_in_part
+from planner.preparing import Prepared, in_part, memory_limit_bytes, prepare, told_in_part
 from planner.progress import Progress
 from planner.results import ParetoSet, PlanResult
 from planner.room import Room, room
@@ -60,7 +60,7 @@ def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
     """
     measured = spec.hardware == "local" and not settings.predict
     began = time.monotonic()
-    download = Download.of(spec, settings) if measured else None
+    download = Download.of(spec, offline=settings.offline, allow_pickle=settings.allow_pickle) if measured else None
     prepared = prepare(
         spec, store=settings.store_root, predict=settings.predict, offline=settings.offline,
         trust_remote_code=settings.trust_remote_code, allow_pickle=settings.allow_pickle, tell=progress.line,
@@ -76,44 +76,6 @@ def run(spec: Spec, settings: Settings, progress: Progress) -> ParetoSet:
     if download is None:
         return predicted(prepared)
     return Run(prepared, settings, progress, started, prepared_s=started - began, download=download).go()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Download:
-    """What fetching a model takes: the bytes that were missing, and how full the cache was before."""
-
-    source: str
-    missing_bytes: float = 0.0
-    cached_bytes: float = 0.0
-
-    @classmethod
-    def of(cls, spec: Spec, settings: Settings) -> Download:
-        """Look what a spec's model lacks here.
-
-        Raises:
-            EnvironmentProblem: there is no disk for it.
-        """
-        from planner import hub
-
-        source = model_source(spec)
-        if Path(source).is_dir() or not hub.is_id(source):
-            return cls(source=source)
-        missing = hub.missing_bytes(
-            source, spec.model.revision, offline=settings.offline, allow_pickle=settings.allow_pickle
-        )
-        if missing > (free := hub.free_bytes()):
-            raise EnvironmentProblem(
-                f"{source} is a download of {units.format(missing, 'bytes')}, {units.format(free, 'bytes')} of disk is free",
-                hint="free some disk, or point HF_HOME at a larger one", where="model",
-            )  # fmt: skip
-        return cls(source=source, missing_bytes=missing, cached_bytes=hub.cached_bytes(source))
-
-    @property
-    def fetched_bytes(self) -> float:
-        """What the cache grew by since."""
-        from planner import hub
-
-        return max(0.0, hub.cached_bytes(self.source) - self.cached_bytes) if self.missing_bytes else 0.0
 
 
 @dataclass(slots=True)

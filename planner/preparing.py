@@ -227,18 +227,14 @@ def read_models(
 
     draft = spec.draft
     return read_model(
-        model_source(spec), revision=spec.model.revision, offline=offline, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle, weights=weights, draft=_found(spec, draft) if draft else None,
+        source_of(spec, spec.model), revision=spec.model.revision, offline=offline, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, weights=weights, draft=source_of(spec, draft) if draft else None,
         draft_revision=draft.revision if draft else None,
     )  # fmt: skip
 
 
-def model_source(spec: Spec) -> str:
-    """Return the model's folder where there is one beside the spec or here, else the hub id as written."""
-    return _found(spec, spec.model)
-
-
-def _found(spec: Spec, ref: ModelRef) -> str:
+def source_of(spec: Spec, ref: ModelRef) -> str:
+    """Return a model's folder where there is one beside the spec or here, else the hub id as written."""
     places = (Path(spec.folder) / ref.source, Path(ref.source))
     return next((str(folder) for folder in places if folder.is_dir()), ref.source)
 
