@@ -5,7 +5,7 @@
     training_cost(model, setup, hardware, tokens=1e8)  that, seconds, joules, grams and dollars
 
 setup.py says how a model is trained, memory.py, time.py and bill.py what it takes. Ranks, links and pipelines are in
-cost_models/distributed.py.
+cost_models/distributed/.
 """
 
 from cost_models.training.bill import TrainingCost, bill, training_cost
