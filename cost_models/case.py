@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,13 +104,17 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
         hardware=hardware,
         calibrated=_calibrated(nodes, hardware.device),
         decodes=nodes[0].demand.model.kind != "encoder",
-        slotted=np.array([_has_server(node.key[0]) for node in nodes]) & (demand["batch"] > 1),
+        slotted=_served_together(nodes) & (demand["batch"] > 1),
     )
 
 
-@lru_cache(maxsize=64)
-def _has_server(engine: str) -> bool:
-    return engine in engines.names() and side_by_side(engines.get(engine))
+def _served_together(nodes: Sequence[Node]) -> np.ndarray:
+    """Return (plans,): whether the plan's engine answers several requests of the model at once."""
+    known = {
+        name: name in engines.names() and side_by_side(engines.get(name), nodes[0].demand.model)
+        for name in {node.key[0] for node in nodes}
+    }
+    return np.array([known[node.key[0]] for node in nodes])
 
 
 def _rates(nodes: Sequence[Node], threads: np.ndarray, weights_bytes: np.ndarray, device: Device) -> Rates:

@@ -509,6 +509,11 @@ class Measurement:
     sequence: int = 0
 
     @property
+    def collapsed(self) -> bool:
+        """Whether what the model knew was lost, by what the plan made of it."""
+        return self.failure is not None and self.failure.kind in ("quality_collapse", "non_finite")
+
+    @property
     def as_alone(self) -> Measurement:
         """The measurement of one batch after the other, which is what cost terms price; itself where there was no load."""
         return replace(self, figures={**self.figures, **self.alone}, alone=None) if self.alone else self

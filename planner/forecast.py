@@ -331,7 +331,7 @@ class Forecast:
                 f"nothing would be run: {spec.hardware} is another machine", where="hardware",
                 hint="leanplan plan --predict prices the plans there in seconds",
             )  # fmt: skip
-        missing = Download.of(spec, offline=self.offline).missing_bytes
+        missing = Download.of(spec, offline=self.offline, allow_pickle=self.allow_pickle).missing_bytes
         outlook = self.outlook(spec)
         model, hardware = outlook.model, outlook.hardware
         calibration = learned(Store(self.store).records(hardware.fingerprint), model, spec.workload, hardware)

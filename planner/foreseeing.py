@@ -82,10 +82,12 @@ def experience(
             continue
         if record.model.digest == model_digest and record.workload == spec.workload:
             known.add(taken.plan)
-        figures = {name: f.value for name, f in taken.figures.items()}
+        figures = {name: f.value for name, f in taken.as_alone.figures.items()}
         if taken.failure is None and {"build_s", "latency_s", "ttft_s"} <= set(figures) and "wall_s" in seen:
             prior = _measuring_s(spec.search.effort, record.workload, figures["latency_s"], figures["ttft_s"])
             fact = float(seen["wall_s"]) - figures["build_s"] - float(seen.get("lock_wait_s", 0.0))
+            if driven := seen.get("load"):
+                fact -= float(driven.get("wall_s", 0.0))
             ratios.setdefault(f"measure {taken.plan.engine}", []).append(fact / float(prior))
         if built := seen.get("build_peak_bytes"):
             ratios.setdefault("build memory", []).append(built / _building_bytes(record.model, taken.plan))
@@ -166,7 +168,7 @@ def foresee(
         stages["unchanged"] = replace(stages["unchanged"], low=0.0, mid=0.0, because="it was measured before")
     build, measure = _building(spec, priced, likely, learned), _measuring(spec, priced, likely, learned)
     most = max(0, min(search.max_measured, problem.space.count()) - 1)
-    room_s = max(0.0, (1 - FINALIST_SHARE) * search.time_limit_s - stages["unchanged"].mid)
+    room_s = max(0.0, search.time_limit_s - finals_reserve_s(spec) - stages["unchanged"].mid)
 
     def fitting(each_s: float) -> int:
         return min(most, max(1, int(room_s / each_s)))
@@ -188,7 +190,8 @@ def foresee(
     stages["measure"] = _times(measure, ends, room_s)
     rounds = SEARCH_S + ROUND_S * count / 2
     stages["search"] = around(rounds, 0.8, learned.of("search"), "pricing plans and fitting corrections")
-    stages["finals"] = around(_finals_s(spec, priced, likely, count), 0.6, learned.of("finals"), "finalists in turns")
+    finals_s = _finals_s(spec, priced, likely, count) if finals_reserve_s(spec) else 0.0
+    stages["finals"] = around(finals_s, 0.6, learned.of("finals"), "finalists in turns")
     stages = {name: stages[name] for name in STAGES}
     wall = _sum(list(stages.values()))
     ceiling = stages["prepare"].high + search.time_limit_s + OVERRUN_S
@@ -207,6 +210,13 @@ def foresee(
         "download_bytes": _exactly(download_bytes, "the model's files on the hub" if download_bytes else "nothing is fetched"),
     }  # fmt: skip
     return RunForecast(amounts=amounts, stages_s=stages)
+
+
+def finals_reserve_s(spec: Spec) -> float:
+    """Return the seconds of the time limit kept for measuring the finalists in turns; plans under load are not."""
+    from planner.load.candidates import driven
+
+    return 0.0 if driven(spec.workload, spec.budgets) else FINALIST_SHARE * spec.search.time_limit_s
 
 
 def _likely(spec: Spec, priced: Priced) -> np.ndarray:
@@ -232,14 +242,25 @@ def _building(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> A
 
 
 def _measuring(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> Amount:
-    """Return the seconds one of these plans takes to start, be sent requests and be scored."""
+    """Return the seconds one of these plans takes to start, be sent requests and be scored, and then driven."""
     import numpy as np
 
-    figures, workload = priced.figures, priced.problem.workload
-    each_s = _measuring_s(spec.search.effort, workload, figures["latency_s"].mid[chosen], figures["ttft_s"].mid[chosen])
-    engines = {priced.plans[i].engine for i in chosen}
+    from planner.load.candidates import load_of
+
+    # Requests of one batch after the other come before any load; what waiting adds to those under load is not met there.
+    problem, plans = priced.problem, [priced.plans[i] for i in chosen]
+    workload = replace(problem.workload, requests_per_s=None, turns=1, trace=None)
+    figures = replace(problem, workload=workload).price(plans).figures
+    latency_s, ttft_s = figures["latency_s"].mid, figures["ttft_s"].mid
+    each_s = _measuring_s(spec.search.effort, workload, latency_s, ttft_s)
+    engines = {plan.engine for plan in plans}
     ratios = [r for engine in sorted(engines) for r in learned.of(f"measure {engine}")]
-    return around(float(np.mean(each_s)), 0.5, ratios, "starting, requests and scoring")
+    alone = around(float(np.mean(each_s)), 0.5, ratios, "starting, requests and scoring")
+    if (load := load_of(spec)) is None:
+        return alone
+    served_per_s = figures["throughput_tokens_per_s"].mid / workload.output_tokens
+    driven = around(PROCESS_S + float(np.mean(load.lasts_s(latency_s, served_per_s))), 0.3)
+    return replace(_sum([alone, driven]), because=f"{alone.because}; then served and put under the load")
 
 
 def _measuring_s(effort: str, workload: Workload, latency_s: Any, ttft_s: Any) -> Any:

@@ -17,7 +17,7 @@ from knowledge_base.serde import digest, plain
 from knowledge_base.types import Estimate, Measurement, Plan
 from planner import answering
 from planner.downloading import Download
-from planner.foreseeing import BUILD_SHARE, FINALIST_SHARE, FINALISTS, experience, foresee
+from planner.foreseeing import BUILD_SHARE, FINALISTS, experience, finals_reserve_s, foresee
 from planner.judging import judge
 from planner.predicting import infeasible, learned, predicted, prices, problem_of, search_plans, spec_facts, versions
 from planner.preparing import Prepared, in_part, memory_limit_bytes, prepare, told_in_part
@@ -244,9 +244,9 @@ class Run:
                 pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
                 everything = problem.price(list(pool))
                 priced, short = self._with_room(everything)
-                failed = [p for p, r in self.known.records.items() if r.measurement.failure]
+                collapsed = [p for p, r in self.known.records.items() if r.measurement.collapsed]
                 picks = choose(
-                    priced, min(effort.batch, left), known=set(self.known.records), failed=failed,
+                    priced, min(effort.batch, left), known=set(self.known.records), collapsed=collapsed,
                     longest_build_s=BUILD_SHARE * self.spec.search.time_limit_s,
                 )  # fmt: skip
             self.infeasible = infeasible(everything) | short
@@ -421,7 +421,7 @@ class Run:
         seen_s = self.taken.get("build", 0.0) + self.taken.get("measure", 0.0)
         each_s = (2 * self.forecast.each_s + seen_s) / (2 + done)
         finals_s = self.forecast.stages_s["finals"].mid
-        for_candidates_s = self.time_left() - FINALIST_SHARE * self.spec.search.time_limit_s
+        for_candidates_s = self.time_left() - finals_reserve_s(self.spec)
         count = max(0, min(self._measurements_left(), int(for_candidates_s / max(each_s, 1e-3))))
         return max(0.0, min(self.time_left(), count * each_s + finals_s)), count
 
@@ -484,8 +484,7 @@ class Run:
         """Whether a candidate of typical length still fits before the finalists' share of the time begins."""
         spent = sorted(r.measurement.protocol.get("wall_s", 0.0) for r in self.known.records.values())
         typical = spent[len(spent) // 2] if spent else 0.0
-        reserve = FINALIST_SHARE * self.spec.search.time_limit_s
-        if self.time_left() - reserve <= typical:
+        if self.time_left() - finals_reserve_s(self.spec) <= typical:
             self.progress.line("the time limit leaves no room for another candidate")
             return False
         if self.forecast is None:

@@ -151,8 +151,8 @@ def _worth_measuring(
     from search.choose import choose
 
     problem = priced.problem
-    failed = [r.plan for r in results if answering.failed(r)]
-    picks = choose(priced, 2 * SHOWN, known={r.plan for r in results}, failed=failed)
+    collapsed = [r.plan for r in results if r.measurement and r.measurement.collapsed]
+    picks = choose(priced, 2 * SHOWN, known={r.plan for r in results}, collapsed=collapsed)
     rivals = [r for r in results if r.on_front and r.feasible]
     fits = {end: dict(zip(priced.plans, priced.violations(end) <= 0, strict=True)) for end in ("mid", "best")}
     expected = [pick for pick in picks if fits["mid"][pick.plan]]

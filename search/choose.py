@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from knowledge_base.types import Plan
+from knowledge_base.registry import techniques
+from knowledge_base.types import Plan, Step
 from search.pareto import front, hypervolume
 from search.problem import Priced
 
@@ -30,7 +31,7 @@ def choose(
     count: int,
     *,
     known: Collection[Plan],
-    failed: Collection[Plan] = (),
+    collapsed: Collection[Plan] = (),
     longest_build_s: float = float("inf"),
 ) -> list[Pick]:
     """Return up to `count` plans to measure next, best reason first.
@@ -42,12 +43,18 @@ def choose(
     show how far off the budgets are.
 
     Args:
-        known: plans measured already; `failed`: those that did not work, whose kin are tried last.
+        known: plans measured already; `collapsed`: those of them that lost what the model knew, which others made of the
+            same, served in other ways, would have lost too.
         longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
     builds = priced.figures["build_s"].mid
     index = np.array(
-        [i for i, p in enumerate(priced.plans) if p not in known and builds[i] <= longest_build_s], dtype=int
+        [
+            i
+            for i, p in enumerate(priced.plans)
+            if p not in known and builds[i] <= longest_build_s and not any(same_fate(p, lost) for lost in collapsed)
+        ],
+        dtype=int,
     )
     if not len(index) or count <= 0:
         return []
@@ -63,7 +70,6 @@ def choose(
     expected, hoped = promising(candidates)
     pool = list(dict.fromkeys([*expected.tolist(), *hoped.tolist()]))
     likely_costs, hoped_costs = candidates.costs("mid"), _halfway_costs(candidates)
-    seen = [*known, *failed]
     picked: dict[int, str] = {}
 
     def take(ordered: Iterable[int], why: str) -> None:
@@ -75,7 +81,7 @@ def choose(
 
     while len(picked) < min(count, len(pool)):
         take(by_volume(expected, likely_costs), "on the predicted front")
-        others = [*seen, *(candidates.plans[i] for i in picked)]
+        others = [*known, *(candidates.plans[i] for i in picked)]
         there = np.concatenate([measured.costs("mid"), hoped_costs[list(picked)]])
         take(_most_novel(candidates, pool, others, there), "unlike anything measured")
         take(by_volume(hoped, hoped_costs), "could be better than predicted")
@@ -101,6 +107,21 @@ def _sober(priced: Priced) -> Priced:
     loss = priced.figures["quality_loss_ratio"]
     no_gain = replace(loss, low=np.maximum(loss.low, np.minimum(loss.mid, 0.0)))
     return replace(priced, figures={**priced.figures, "quality_loss_ratio": no_gain})
+
+
+def same_fate(plan: Plan, collapsed: Plan) -> bool:
+    """Return whether a plan is made of the same as one that lost what the model knew, so that it would lose it too.
+
+    Other ways to serve an artefact repair nothing; where the collapsed plan's own way may lose quality, only that way counts.
+    """
+    made = {step for step in collapsed.steps if not _serves(step)}
+    lossy = {step for step in collapsed.steps if not techniques.get(step.technique).TECHNIQUE.lossless}
+    steps = set(plan.steps)
+    return plan.engine == collapsed.engine and made | lossy <= steps and all(map(_serves, steps - made))
+
+
+def _serves(step: Step) -> bool:
+    return techniques.get(step.technique).TECHNIQUE.stage == "serve"
 
 
 def _halfway_costs(priced: Priced) -> np.ndarray:

@@ -121,7 +121,7 @@ def build_space(
 
     facts = rules.facts(model=model, workload=workload, hardware=hardware, calibration=calibration)
     engine_facts = {
-        name: {"engine": name, "engine.slots": "many" if side_by_side(module) else "one"}
+        name: {"engine": name, "engine.slots": "many" if side_by_side(module, model) else "one"}
         for name, module in fitting.items()
     }
     judges = {name: rules.composition().knowing({**facts, **own}) for name, own in engine_facts.items()}

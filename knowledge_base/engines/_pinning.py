@@ -21,6 +21,8 @@ SYSTEM = Path("/sys/devices")
 def pin(runtime: Mapping[str, Any]) -> None:
     """Keep this process, and every thread it starts from now on, on as many cores as the plan has threads; if it says so.
 
+    It stays there: closing an artefact gives no core back.
+
     Raises:
         CandidateFailed: "unsupported", the process may use fewer cores, or the system cannot keep it on some.
     """

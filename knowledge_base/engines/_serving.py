@@ -4,8 +4,8 @@ An engine that answers several requests at once by itself, as llama.cpp's and vL
 
     open_server(folder, runtime, context_tokens, texts) -> Server
 
-beside `open_artefact`. One that does not, or that raises `OneByOneOnly` there, is served through `Running.stream`, one
-request after another.
+beside `open_artefact`, and may say by `one_by_one(model)` which models it cannot answer so. One that does not, or that raises
+`OneByOneOnly` there, is served through `Running.stream`, one request after another.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Protocol
 
 from knowledge_base.engines._running import GREEDY, Sampling
+from knowledge_base.types import Model
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"  # why an answer ends
 
@@ -92,7 +93,11 @@ class Server(Protocol):
         ...
 
 
-def side_by_side(engine: ModuleType) -> bool:
-    """Return whether an engine answers several requests at once here; one may name a module it needs for it, `SERVES`."""
-    needed = getattr(engine, "SERVES", None)
-    return hasattr(engine, "open_server") and (needed is None or find_spec(needed) is not None)
+def side_by_side(engine: ModuleType, model: Model) -> bool:
+    """Return whether an engine answers several requests of a model at once here.
+
+    It may name a module it needs for it, `SERVES`, and say why some models are answered `one_by_one`.
+    """
+    needed, one_by_one = getattr(engine, "SERVES", None), getattr(engine, "one_by_one", None)
+    there = hasattr(engine, "open_server") and (needed is None or find_spec(needed) is not None)
+    return there and not (one_by_one and one_by_one(model))

@@ -22,6 +22,14 @@ THREAD = "engine steps"
 Heard = SimpleQueue[int | CandidateFailed]  # the tokens of one answer, or why there are no more
 
 
+class OneFailed(Exception):
+    """A step could not work on one request, which is left out from now on; the others are as they were."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class Stepped(Protocol):
     """An engine and the requests it works on, by their numbers. Used by one thread only."""
 
@@ -35,7 +43,11 @@ class Stepped(Protocol):
         ...
 
     def step(self) -> Iterable[tuple[int, Sequence[int], bool]]:
-        """Work on all of them; yield number, new tokens, and whether that was the last, of those that have any."""
+        """Work on all of them; yield number, new tokens, and whether that was the last, of those that have any.
+
+        Raises:
+            OneFailed: from what stopped that request, and no other.
+        """
         ...
 
     def drop(self, number: int) -> None:
@@ -76,6 +88,11 @@ class SteppedServer:
         self._orders.put(None)
         self._thread.join()
 
+    @property
+    def fault(self) -> CandidateFailed | None:
+        """Why no request can be answered any more, or None."""
+        return self._fault
+
     # ---------------------------------------------------------------- in the stepping thread
 
     def _work(self) -> None:
@@ -88,6 +105,8 @@ class SteppedServer:
             try:
                 for number, tokens, over in self._engine.step():
                     self._hand_out(number, tokens, over)
+            except OneFailed as one:
+                self._waiting.pop(one.number).put(_failure(one.__cause__ or one))
             except Exception as error:  # whatever it is, those who wait must hear of it
                 self._fault = _failure(error)
                 for heard in self._waiting.values():
@@ -126,7 +145,7 @@ def _heard(heard: Heard, most: int) -> Iterator[int]:
         yield token
 
 
-def _failure(error: Exception) -> CandidateFailed:
+def _failure(error: BaseException) -> CandidateFailed:
     if isinstance(error, CandidateFailed):
         return error
     return CandidateFailed("crashed", f"the engine stopped: {type(error).__name__}: {str(error)[:300]}")

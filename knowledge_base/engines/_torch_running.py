@@ -142,11 +142,20 @@ class TorchRunning:
         self._check_open()
         return int(self._model.config.get_text_config(decoder=True).vocab_size)
 
-    @property
-    def takes_padding(self) -> bool:
-        """Whether sequences of different lengths can be read together: `last_logits` with a mask and positions."""
-        kept = {type(layer) for layer in DynamicCache(config=self._model.config).layers}
-        return kept <= {DynamicLayer, DynamicSlidingWindowLayer} and {"attention_mask", "position_ids"} <= self._inputs
+    def why_no_padding(self, context_tokens: int) -> str | None:
+        """Return why sequences of different lengths, up to a context, cannot be read together by `last_logits`, or None."""
+        layers = DynamicCache(config=self._model.config).layers
+        if not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return "its model keeps more of a text than keys and values"
+        windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        if windows and min(windows) < context_tokens:
+            return f"layers see only the last {min(windows)} tokens, and padding would keep them all"
+        own = any(hasattr(module, "create_position_ids_from_input_ids") for module in self._model.modules())
+        if own or not {"attention_mask", "position_ids"} <= self._inputs:
+            return "its model takes no positions"
+        if rope := _by_the_longest(self._model.config.get_text_config(decoder=True)):
+            return f"`{rope}` turns all sequences by the length of the longest"
+        return None
 
     def last_logits(self, tokens: Sequence[Sequence[int]], cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) after tokens that follow what the cache has read.
@@ -324,6 +333,14 @@ class TorchRunning:
             raise BadInput("with drafts one prompt runs at a time", hint="give one prompt")
         if self._neurons and len(prompts) > 1:
             raise BadInput("each prompt chooses neurons of its own, so one runs at a time", hint="give one prompt")
+
+
+def _by_the_longest(config: Any) -> str | None:
+    """Return the kind of rotary positions whose angles depend on the longest sequence of a batch, or None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    kinds = (str(kind.get("rope_type")) for kind in each if kind)
+    return next((kind for kind in kinds if kind == "longrope" or "dynamic" in kind), None)
 
 
 def _compile(model: Any) -> Any:

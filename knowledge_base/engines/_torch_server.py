@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from knowledge_base.engines._sampling import Sampler
 from knowledge_base.engines._serving import OneByOneOnly, Texts, Wanted
-from knowledge_base.engines._stepped_server import SteppedServer
+from knowledge_base.engines._stepped_server import OneFailed, SteppedServer
 from knowledge_base.engines._torch_running import TorchRunning
 
 
@@ -28,12 +28,12 @@ def served(running: TorchRunning, texts: Texts, *, slots: int, context_tokens: i
     """Return a server of an opened model, which is closed with it.
 
     Raises:
-        OneByOneOnly: the model cannot read sequences of different lengths together.
+        OneByOneOnly: the model cannot read sequences of different lengths together, or would keep more of them than alone.
     """
-    if not running.takes_padding:
-        running.close()
-        raise OneByOneOnly("its model keeps more of a text than keys and values, or takes no positions")
     context = min(context_tokens, running.context_tokens or context_tokens)
+    if why := running.why_no_padding(context):
+        running.close()
+        raise OneByOneOnly(why)
     engine = _Batch(running, slots)
     return SteppedServer(engine, texts, slots=slots, context_tokens=context, vocabulary=running.vocabulary)
 
@@ -108,7 +108,10 @@ class _Batch:
 
     def _read(self, row: _Row, prompt: Sequence[int]) -> tuple[int, list[int], bool]:
         cache = DynamicCache()
-        over = row.draw(self._running.last_logits([prompt], cache)[0])
+        try:
+            over = row.draw(self._running.last_logits([prompt], cache)[0])
+        except RuntimeError as error:  # out of memory, as long prompts may be; the batch is as it was
+            raise OneFailed(row.number) from error
         row.length = len(prompt)
         if not over:
             self._cache = cache if self._cache is None else _beside(self._cache, cache)

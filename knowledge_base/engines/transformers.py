@@ -61,6 +61,7 @@ _RUNTIME = {
     ),
 }
 
+_NO_POSITIONS = ("bloom", "mpt")  # how far tokens are apart is part of attention: ALiBi
 _SIDE_BY_SIDE = {"threads", "pinned", "batch", "offload"}  # all that goes with answers that join and leave
 
 # Ways to write an answer, and ways to look at less of the prompt: one of each at most.
@@ -173,6 +174,15 @@ def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, t
 
     slots = runtime.get("batch", 1)
     return _torch_server.served(_opened(folder, runtime), texts, slots=slots, context_tokens=context_tokens)
+
+
+def one_by_one(model: Model) -> str | None:
+    """Return why requests of a model are answered one after another, or None."""
+    if model.attention_layers < model.layers:
+        return f"`{model.architecture}` keeps a state of the text, where padding cannot be left out"
+    if model.architecture in _NO_POSITIONS:
+        return f"`{model.architecture}` takes no positions"
+    return None
 
 
 def _opened(folder: Path, runtime: Mapping[str, Any]) -> TorchRunning:

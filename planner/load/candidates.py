@@ -6,6 +6,7 @@ conversation grows, and where a budget is on what only a load shows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem
 from knowledge_base.serde import plain
 from knowledge_base.types import Budget, Figure, Hardware, Workload
-from planner.load.driving import Protocol, drive
+from planner.load.driving import DRAIN_S, Protocol, drive
 from planner.load.requests import Words
 from planner.load.telling import LATENCIES, Seen, seen
 from planner.load.trace import Row, read_trace
@@ -79,6 +80,22 @@ class CandidateLoad:
         )
         return {**asdict(self.protocol), "limits": limits}
 
+    def lasts_s(self, latency_s: Any, served_per_s: Any) -> Any:
+        """Return the seconds that it goes on, see `driving.drive`.
+
+        Args:
+            latency_s: of an answer, a number or an array; `served_per_s`: requests that the service answers at most.
+        """
+        import numpy as np
+
+        workload, protocol = self.workload, self.protocol
+        rest_s = np.minimum(latency_s, max(DRAIN_S, protocol.least_s))
+        if workload.trace is not None and workload.trace.replayed:
+            return np.minimum(protocol.most_s, self.rows[-1].at_s or 0.0) + rest_s
+        asked_per_s = served_per_s if workload.requests_per_s is None else workload.requests_per_s
+        counted_s = np.maximum(protocol.least_s, protocol.least_requests / asked_per_s)
+        return np.minimum(protocol.most_s, protocol.warm_up_s + counted_s) + rest_s
+
     def observe(
         self, folder: Path, prompts: Path, hardware: Hardware, *, servers: Servers, limits: Limits, log: Path, most_s: float,
         progress: Callable[[str, float], None], waiting: Callable[[str], None],
@@ -98,6 +115,7 @@ class CandidateLoad:
         longest = max([r.prompt_tokens + r.output_tokens for r in self.rows] or [2 * self.workload.longest_tokens])
         settings = Settings(context_tokens=max(longest, Settings().context_tokens))
         protocol = replace(self.protocol, most_s=min(self.protocol.most_s, max(5.0, most_s)))
+        began = time.monotonic()
         try:
             with measurement_lock(waiting=waiting) as waited_s:
                 with started(
@@ -119,7 +137,7 @@ class CandidateLoad:
             )
         record = {
             **told.protocol, "requests": plain(told.requests), "steady": told.steady, "percentiles": plain(told.percentiles),
-            "lock_wait_s": waited_s,
+            "lock_wait_s": waited_s, "wall_s": time.monotonic() - began,
         }  # fmt: skip
         return Observed(figures=_with_costs(told, hardware), protocol=record, warnings=told.remarks)
 

@@ -51,7 +51,7 @@ def serve(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress)
     )  # what is prepared on first use is, and an engine that cannot serve says so
     server.answer(Wanted(prompt=(0,) * WARM_UP_TOKENS, new_tokens=WARM_UP_TOKENS, ignore_eos=True), lambda piece: True)
     endpoint = Endpoint(server, texts, payload["name"], settings, local=_is_loopback(listener))
-    state["service"] = Listening(endpoint, listener)
+    state["service"], state["server"] = Listening(endpoint, listener), server
     progress("serving requests", 1.0)
     host, port = listener.getsockname()[:2]
     return {
@@ -64,8 +64,10 @@ def serve(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress)
 
 
 def stand(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Say that it is there."""
+    """Say that it is there, and that its engine answers."""
     progress("serving requests", 1.0)
+    if fault := getattr(state["server"], "fault", None):
+        raise fault
     if not state["service"].alive:
         raise CandidateFailed("crashed", "the HTTP server has ended")
     return {}

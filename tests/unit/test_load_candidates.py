@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,26 @@ def test_a_trace_is_told_from_the_specs_folder(tmp_path: Path) -> None:
         specs.from_mapping({"model": "m", "workload": {"trace": "t.csv"}, "budgets": {"ttft": "1 s"}}, tmp_path)
     )
     assert load and [r.prompt_tokens for r in load.rows] == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("workload", "budgets", "lasts_s"),
+    [
+        ({"arrival_rate": "100 requests/s"}, {"ttft": "1 s"}, 2 + 10),  # warm-up, and the least time
+        ({"arrival_rate": "6 requests/s"}, {"ttft": "1 s"}, 2 + 90 / 6),  # until there are enough
+        ({"arrival_rate": "6 requests/s", "turns": 3}, {"ttft": "1 s"}, 2 + 90 / 6),  # of conversations' turns
+        ({"arrival_rate": "1 requests/s"}, {"ttft": "1 s"}, 25),  # the most
+        ({"concurrency": 3}, {"itl_p95": "1 s"}, 2 + 90 / 5),  # as fast as they are answered
+        ({"trace": "t.csv"}, {"ttft": "1 s"}, 9),
+    ],
+    ids=str,
+)
+def test_how_long_a_load_goes_on(workload: dict, budgets: dict, lasts_s: float, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("timestamp,prompt_tokens,output_tokens\n0,5,2\n9,7,3\n")
+    asked = {"model": "m", "workload": workload, "budgets": budgets, "search": {"effort": "quick"}}
+    load = load_of(specs.from_mapping(asked, tmp_path))
+    assert load and load.lasts_s(0.5, 5.0) == pytest.approx(lasts_s + 0.5)
+    assert load.lasts_s(math.inf, 5.0) == pytest.approx(lasts_s + 10)  # what falls behind is waited for no longer
 
 
 def test_figures_under_another_load_have_another_key() -> None:

@@ -13,7 +13,7 @@ import search
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Budget, Plan, Step
 from planner import spec as specs
-from search.choose import _most_novel, added_volume, choose, promising
+from search.choose import _most_novel, added_volume, choose, promising, same_fate
 from search.pareto import hypervolume
 from search.problem import Problem
 from search.solvers.local import neighbours
@@ -129,6 +129,30 @@ def test_of_plans_predicted_alike_the_shortest_is_measured():
         }
         picks = choose(replace(priced, figures=better), 1, known={space.unchanged()})
         assert [pick.plan for pick in picks] == [first], share
+
+
+def test_what_lost_all_it_knew_is_not_tried_again_with_other_ways_to_serve_it():
+    bits, cache = Step("weight_int4", {"group_size": 64}), Step("kv_cache_quantised", {"bits": 4})
+    threads, recovery = Step("thread_count", {"count": 1}), Step("recover_lora", {"steps": 20})
+
+    def fate(steps: tuple[Step, ...], *collapsed: Step, engine: str = "transformers") -> bool:
+        plan = Plan(model_digest="toy", engine=engine, steps=steps)
+        return same_fate(plan, Plan(model_digest="toy", engine="transformers", steps=collapsed))
+
+    assert fate((bits,), bits) and fate((bits, cache), bits) and fate((bits, threads), bits)
+    assert fate((bits,), bits, threads)  # threads lose nothing: the bits did
+    assert not fate((bits,), bits, cache) and not fate((cache,), bits, cache)  # either may have
+    assert fate((bits, cache, threads), bits, cache)
+    assert not fate((recovery, bits), bits)  # what is made in another way may be better
+    assert not fate((bits,), bits, engine="llama_cpp") and not fate((), bits)
+
+    space = space_of()
+    first, second = (space.plan("transformers", steps) for steps in ((bits,), (bits, cache)))
+    assert first and second
+    priced = problem_of(space, loss=1.0).price([space.unchanged(), first, second])
+    known = {space.unchanged(), first}
+    assert [pick.plan for pick in choose(priced, 12, known=known)] == [second]
+    assert choose(priced, 12, known=known, collapsed=[first]) == []
 
 
 def test_hopes_are_halved():

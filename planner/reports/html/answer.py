@@ -16,6 +16,7 @@ LEAD = "The plan to take, and how it stands to each of your budgets."
 LIMIT_AT = 75.0  # per cent of a strip's length at which the limit stands, where the figure leaves it there
 _SERVER_FLAGS = (
     ("thread_count", "count", " -t {}"),
+    ("pin_threads", "count", " -t {}"),
     ("batch_size", "count", " -np {}"),
     ("kv_cache_quantised", "bits", " -fa on -ctk q{0}_0 -ctv q{0}_0"),
 )

@@ -58,6 +58,8 @@ def _script(deployment: Deployment) -> str:
     words = [f"  --{name} {shlex.quote(str(value))}" for name, value in settings.items()]
     words += ["  --cache-prompt" if runtime.get("prefix_cache") else "  --no-cache-prompt", "  --cache-ram 0"]
     about = [*deployment.about[:3], f"llama.cpp as measured: {_version(deployment)}"]
+    if runtime.get("pinned"):
+        about.append("--cpu-mask names cores of the machine this was written on")
     return (
         "\n".join(
             [
