@@ -74,6 +74,7 @@ BEST = 3  # of the grid, timed again beside the recommended plan: the first of m
 ATTEMPTS = 2  # a run may end before its number of plans, where they take longer than forecast
 WITHIN = 0.95  # of the speed of the best of the grid
 SAME = 0.001  # of the perplexity: as much is no difference on so few windows
+SLOWEST = 3.0  # times the unchanged model's time per token, that plans timed in turns may take
 ROOM = 0.7  # of the memory limit, that plans timed together may take
 
 # What a user picks without measuring: an engine and a format by its name in `Demand.weight_format`.
@@ -236,7 +237,9 @@ class Grid(Run):
     def _rows(self, validator: Validator, plans: Mapping[Plan, str]) -> list[dict[str, Any]]:
         """Measure an engine's plans, each alone and then in turns, and return their rows."""
         served = [plan for plan, name in plans.items() if self._served(validator, plan, f"{plan.engine}, {name}")]
-        timed = {batch: self._in_turns(validator, self.baseline, served, batch) for batch in BATCHES}
+        slow = {plan: why for plan in served if (why := self._too_slow(plan))}
+        quick = [plan for plan in served if plan not in slow]
+        timed = {batch: slow | self._in_turns(validator, self.baseline, quick, batch) for batch in BATCHES}
         demands = chains(self.prepared.model, self.spec.workload)
         found = []
         for plan, name in plans.items():
@@ -250,6 +253,12 @@ class Grid(Run):
                 )
             found.append(row)
         return found
+
+    def _too_slow(self, plan: Plan) -> str | None:
+        """Return why a plan is not timed in turns: a round of them would last for minutes, and it is the fastest of nothing."""
+        first, own = (self.known.records[p].measurement.figures.get("tpot_s") for p in (self.baseline, plan))
+        times = own.value / first.value if first and own else 0.0
+        return f"{times:.2g} times the unchanged model's time per token when screened" if times > SLOWEST else None
 
     def _compared(self, validator: Validator, comparison: Comparison) -> list[dict[str, Any]]:
         """Time the recommended plan in turns with others; return for each how many times its speed the recommended has."""

@@ -5,7 +5,7 @@
                                               .......pptt
 
 A prompt is read alone in one pass, and its cache is then laid beside those of the others. transformers has continuous
-batching of its own, made for GPUs: on a CPU its pages took five times as long.
+batching of its own, in which all answers are drawn from one stream of chance: a request's seed means nothing there.
 """
 
 from __future__ import annotations

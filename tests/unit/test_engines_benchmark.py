@@ -236,6 +236,21 @@ def test_a_plan_that_fails_in_turn_is_told_and_the_others_are_timed() -> None:
     assert all("segmentation fault" in told[plan] for plan in SOME), "nothing can be compared without it"
 
 
+def test_what_is_far_slower_than_the_unchanged_model_is_not_timed_in_turns() -> None:
+    run, base = Turns(set()), Plan(model_digest="toy", engine="transformers")
+    found = {base: 0.1, SOME[0]: 0.05, SOME[1]: 0.29, SOME[2]: 0.86}
+    records = {plan: record(plan.engine, *plan.steps) for plan in found}
+    for plan, value in found.items():
+        figures = {"tpot_s": Figure(value=value, low=value, high=value, n=3)}
+        records[plan] = replace(records[plan], measurement=replace(records[plan].measurement, figures=figures))
+    run.baseline, run.known.records = base, records
+    assert [run._too_slow(plan) for plan in SOME] == [
+        None,
+        None,
+        "8.6 times the unchanged model's time per token when screened",
+    ]
+
+
 # ---------------------------------------------------------------- how it is told
 
 
