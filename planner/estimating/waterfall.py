@@ -73,14 +73,17 @@ def waterfall(priced: Priced) -> Waterfall:
 def _times(priced: ByOperators, metric: str) -> list[TimePart]:
     if metric not in priced.figures:
         return []
-    seconds = _parts(priced.case, priced, metric)
-    waiting = float(priced.figures[metric].mid[0]) - sum(seconds.values())
-    whole = sum(seconds.values()) + max(waiting, 0.0)
-    reading = _parts(_at(priced.case, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
-    computing = _parts(_at(priced.case, bytes_per_s=AT_ONCE, host_s=0.0), priced, metric)
-    starting = _parts(_at(priced.case, bytes_per_s=AT_ONCE, flop_per_s=AT_ONCE), priced, metric)
-    read_bytes = _parts(_at(priced.case, bytes_per_s=1.0, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
-    flop = _parts(_at(priced.case, bytes_per_s=AT_ONCE, flop_per_s=1.0, host_s=0.0), priced, metric)
+    case = _prompts_alone(priced.case) if metric == PHASES["prefill"] else priced.case
+    seconds = _parts(case, priced, metric)
+    whole = float(priced.figures[metric].mid[0])
+    waiting = whole - sum(seconds.values())
+    if waiting < 0:  # in a server's steps the last answers run beside fewer others than a full step holds
+        seconds = {name: time_s * whole / (whole - waiting) for name, time_s in seconds.items()}
+    reading = _parts(_at(case, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
+    computing = _parts(_at(case, bytes_per_s=AT_ONCE, host_s=0.0), priced, metric)
+    starting = _parts(_at(case, bytes_per_s=AT_ONCE, flop_per_s=AT_ONCE), priced, metric)
+    read_bytes = _parts(_at(case, bytes_per_s=1.0, flop_per_s=AT_ONCE, host_s=0.0), priced, metric)
+    flop = _parts(_at(case, bytes_per_s=AT_ONCE, flop_per_s=1.0, host_s=0.0), priced, metric)
     found: list[TimePart] = []
     if waiting > 1e-9 * whole:
         found.append(TimePart(name=NAMES["waiting"], time_s=waiting, share=waiting / whole, bound="waiting", read_bytes=0.0, flop=0.0))  # fmt: skip
@@ -94,6 +97,15 @@ def _times(priced: ByOperators, metric: str) -> list[TimePart]:
         )  # fmt: skip
         found += _split(part, priced, metric, read_bytes[name], flop[name]) if name == "weights" else [part]
     return found
+
+
+def _prompts_alone(case: Case) -> Case:
+    """Return the case in which prompts are read: one at a time where answers share the steps of a server."""
+    import numpy as np
+
+    from cost_models.load import with_batch
+
+    return with_batch(case, np.ones_like(case.demand.batch)) if np.all(case.slotted) else case
 
 
 def _parts(case: Case, priced: ByOperators, metric: str) -> dict[str, float]:

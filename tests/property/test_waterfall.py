@@ -50,6 +50,7 @@ PLANS: tuple[tuple[str, tuple[Step, ...]], ...] = (
     ("transformers", (complete(Step("kv_cache_quantised")),)),
     ("transformers", (complete(Step("prompt_lookup")),)),
     ("llama_cpp", (complete(Step("weight_gguf")),)),
+    ("llama_cpp", (complete(Step("weight_gguf")), Step("batch_size", {"count": 4}))),
 )
 
 
