@@ -28,10 +28,6 @@ RUNTIME_LOG_SD = 0.25  # of the memory an engine takes whatever the model
 SHAPES_LOG_SD = 0.3  # of the share of the peak rate where no prompt was timed: large matrices told it, prompts are thin
 ONE_CORE_BYTES_PER_S = 25e9  # what one core can read at best; 26 to 28 GB/s measured on a Zen 4 server core
 
-# Priced as batches one after the other, which is what clients meet at worst: of answers of few tokens the formulas of slots
-# would tell shorter times for longer answers.
-BY_BATCHES = frozenset({"transformers"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -115,9 +111,7 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
 def _served_together(nodes: Sequence[Node]) -> np.ndarray:
     """Return (plans,): whether the plan's engine answers several requests of the model at once."""
     known = {
-        name: name in engines.names()
-        and name not in BY_BATCHES
-        and side_by_side(engines.get(name), nodes[0].demand.model)
+        name: name in engines.names() and side_by_side(engines.get(name), nodes[0].demand.model)
         for name in {node.key[0] for node in nodes}
     }
     return np.array([known[node.key[0]] for node in nodes])

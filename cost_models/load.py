@@ -161,8 +161,8 @@ def _work(case: Case, full: Figures, alone: Figures) -> Work:
     new = np.maximum(case.workload.prompt_tokens - case.reused_tokens, 1.0)
     step = np.where(demand.prefill_step_tokens > 0, demand.prefill_step_tokens, np.inf)
     return Work(
-        prompt_s=alone["ttft_s"].mid, step_s=alone["tpot_s"].mid, full_step_s=full["tpot_s"].mid, slots=demand.batch,
-        prompt_tokens=new, output_tokens=np.full_like(new, case.workload.output_tokens),
+        prompt_s=alone["ttft_s"].mid, full_prompt_s=full["ttft_s"].mid, step_s=alone["tpot_s"].mid,
+        full_step_s=full["tpot_s"].mid, slots=demand.batch, prompt_tokens=new, output_tokens=np.full_like(new, case.workload.output_tokens),
         pieces=np.maximum(np.ceil(new / step), 1.0), variation=np.zeros_like(new) + _variation(case, alone),
     )  # fmt: skip
 

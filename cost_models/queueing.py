@@ -132,6 +132,7 @@ class Work:
     """
 
     prompt_s: Any  # reading one prompt on an idle server
+    full_prompt_s: Any  # reading as many as there are slots at once
     step_s: Any  # a token of one answer alone
     full_step_s: Any  # a token of each answer while all slots are taken
     slots: Any
@@ -140,24 +141,38 @@ class Work:
     pieces: Any = 1  # steps that one prompt is read in
     variation: Any = 0.0  # squared coefficient of variation of a request
 
+    def beside(self, running: Any) -> Any:
+        """Return the answers that go on while a prompt is read: the other requests, unless they end with fewer tokens."""
+        return np.minimum(np.maximum(running - 1, 0), (self.output_tokens - 1) / self.pieces)
+
     def prompt_among(self, running: Any) -> Any:
-        """Return seconds of reading a prompt while some requests run: their tokens are computed along with it."""
-        along = np.maximum(running - 1, 0) * self.pieces / np.maximum(self.prompt_tokens, 1)
-        return self.prompt_s * (1 + along)
+        """Return seconds of reading a prompt while some requests are there: tokens of answers are computed along with it."""
+        beside = self.beside(running)
+        prompts = beside * self.pieces / np.maximum(self.prompt_tokens, 1)  # as many tokens
+        along = affine(self.prompt_s, self.full_prompt_s, self.slots, 1 + prompts)
+        steps = self.pieces * self.step_among(np.maximum(beside, 1))  # no piece is read sooner than its answers go on
+        return along + np.minimum(beside, 1) * np.maximum(steps - along, 0.0)
 
     def step_among(self, running: Any) -> Any:
         """Return seconds of a step that only continues some answers."""
         return affine(self.step_s, self.full_step_s, self.slots, running)
 
-    def residence_s(self, running: Any) -> Any:
-        """Return how long a request stays while so many run all the time.
+    def reading_s(self, running: Any) -> Any:
+        """Return how long a request waits for its first token while so many are there all the time.
 
-        It waits for every prompt, its own and the others', gets a token with each piece of theirs, and its other tokens
-        in steps of their own (Agrawal et al. 2023 call the former piggybacked).
+        It comes as another ends. Where answers are short, that is before all the others have their first token: of 8
+        requests for a single token each waits for 8 prompts.
         """
-        along = (running - 1) * self.pieces
-        steps = np.maximum(self.output_tokens - 1 - along, 0.0)
-        return running * self.prompt_among(running) + steps * self.step_among(running)
+        return (running - self.beside(running)) * self.prompt_among(running)
+
+    def answering_s(self, running: Any) -> Any:
+        """Return how long its other tokens take: it gets one with each piece of others' prompts, and else in steps of answers.
+
+        Agrawal et al. 2023 call the former piggybacked.
+        """
+        beside = self.beside(running)
+        steps = np.maximum(self.output_tokens - 1 - beside * self.pieces, 0.0)
+        return beside * self.prompt_among(running) + steps * self.step_among(running)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +197,9 @@ def slots_of_arrivals(rate: Any, work: Work, *, servers: Any = 1) -> Slots:
     Herzog and Woo), one queue before the slots. A wait for a slot is half as long where requests are alike than where
     they are memoryless, as of one server (Pollaczek). Prompts wait for prompts as in M/D/1, and for half a step.
 
-    >>> work = Work(prompt_s=0.1, step_s=0.01, full_step_s=0.01, slots=8, prompt_tokens=100, output_tokens=91)
+    >>> work = Work(
+    ...     prompt_s=0.1, full_prompt_s=0.8, step_s=0.01, full_step_s=0.01, slots=8, prompt_tokens=100, output_tokens=91
+    ... )
     >>> found = slots_of_arrivals(1e-9, work)
     >>> round(float(found.first_s), 6), round(float(found.whole_s), 6)
     (0.1, 1.0)
@@ -191,7 +208,9 @@ def slots_of_arrivals(rate: Any, work: Work, *, servers: Any = 1) -> Slots:
     slots = np.asarray(work.slots, dtype=float)[..., None]
     wide = _columns(work)
     counts = np.arange(1, int(np.max(slots)) + 1, dtype=float)
-    leave = np.maximum.accumulate(np.where(counts <= slots, counts / wide.residence_s(counts), 0.0), axis=-1)
+    last_slot = slots.astype(int) - 1
+    reading, answering = wide.reading_s(counts), wide.answering_s(counts)
+    leave = np.maximum.accumulate(np.where(counts <= slots, counts / (reading + answering), 0.0), axis=-1)
     capacity = leave[..., -1:]
     ratio = np.minimum(each / capacity, 1 - 1e-9)
     logs = np.cumsum(np.log(np.maximum(each, 1e-300) / leave), axis=-1)
@@ -200,32 +219,41 @@ def slots_of_arrivals(rate: Any, work: Work, *, servers: Any = 1) -> Slots:
     # at[n]: relative probability of n requests, n from 0 to slots - 1; all that are more follow as a geometric series.
     top = np.max(logs, axis=-1, keepdims=True)
     at = np.exp(logs - top)
-    last = np.take_along_axis(at, slots.astype(int) - 1, axis=-1) * ratio
+    last = np.take_along_axis(at, last_slot, axis=-1) * ratio
     beyond = last / (1 - ratio)
     whole = np.sum(at, axis=-1, keepdims=True) + beyond
     at, last, waits = at / whole, last / whole, beyond / whole
     present = np.sum(at * (counts - 1), axis=-1, keepdims=True) + slots * waits  # requests in slots
     idle = at[..., :1]
-    slot_s = waits / (capacity * (1 - ratio)) * (1 + wide.variation) / 2
+    stays_s, answering_s = (np.take_along_axis(x, last_slot, axis=-1) for x in (reading + answering, answering))
+    # A request finds n others, and its answer goes on among them (Wolff).
+    answer_s = np.sum(at * np.where(inside, answering, 0.0), axis=-1, keepdims=True) + waits * answering_s
+    # Where all slots wait for prompts to be read, so do those before the slots: they are among the prompts ahead.
+    answers = np.minimum(answering_s / np.maximum(stays_s - wide.prompt_s, 1e-300), 1.0)
+    behind_answers = np.where(slots > 1, answers, 1.0)
+    slot_s = behind_answers * waits / (capacity * (1 - ratio)) * (1 + wide.variation) / 2
     running = np.maximum(present / np.maximum(1 - idle, 1e-12), 1.0)
     prompt = wide.prompt_among(running)
     prompts = queue_of_batches(np.minimum(each, capacity), prompt, prompt, 1)
-    step = wide.step_among(running) * np.maximum(1 - idle - each * prompt, 0.0)  # another's, which must end first
-    first = prompt + np.where(np.isfinite(prompts.wait_s), prompts.wait_s, 0.0) + step / 2
-    inside_s = np.maximum(present / each, first)
+    shared = np.where(slots > 1, 1.0, 0.0)  # whether there is another in the slots to wait for
+    answered = np.maximum(1 - idle - each * prompt, 0.0)  # share of the time: a step of answers must end first
+    step = shared * wide.step_among(running) * answered
+    first = prompt + shared * np.where(np.isfinite(prompts.wait_s), prompts.wait_s, 0.0) + step / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         tail_s = np.where(waits > 1 - TAIL, np.log((1 - TAIL) / waits) / np.log(ratio) / capacity, 0.0)
     tail_s = tail_s * (1 + wide.variation) / 2
     most = np.argmax(np.cumsum(at, axis=-1) >= TAIL, axis=-1)[..., None] + 1.0  # with the request itself
     most = np.where(waits > 1 - TAIL, slots, np.minimum(most, slots))
     prompts_p95 = np.where(np.isfinite(prompts.wait_p95_s), prompts.wait_p95_s, 0.0)
-    first_p95 = prompt + np.maximum(prompts_p95, tail_s) + TAIL * step
-    whole_p95 = tail_s + np.maximum(wide.residence_s(most), inside_s)
+    first_s = first + slot_s
+    first_p95 = np.maximum(prompt + np.maximum(prompts_p95, tail_s) + TAIL * step, first_s)
+    most_s = wide.answering_s(most)
+    whole_s = first_s + answer_s
+    # Late first tokens and slow answers come together where requests wait for a slot, else each by chance.
+    by_chance = whole_s + np.hypot(first_p95 - first_s, np.maximum(most_s - answer_s, 0.0))
+    whole_p95 = np.maximum(tail_s + prompt + most_s, by_chance)
     behind = each >= capacity
-    told = dict(
-        first_s=first + slot_s, first_p95_s=np.maximum(first_p95, first + slot_s), whole_s=inside_s + slot_s,
-        whole_p95_s=np.maximum(whole_p95, inside_s + slot_s),
-    )  # fmt: skip
+    told = dict(first_s=first_s, first_p95_s=first_p95, whole_s=whole_s, whole_p95_s=whole_p95)
     return Slots(
         **{name: np.where(behind, np.inf, value)[..., 0] for name, value in told.items()},
         running=running[..., 0], waits=np.where(behind, 1.0, waits)[..., 0], utilisation=(each / capacity)[..., 0],
@@ -239,21 +267,24 @@ def slots_of_clients(clients: Any, work: Work, *, servers: Any = 1) -> Slots:
     Requests that are alike fall into step: a prompt is long read when the next one comes, and that is when another ends,
     so at the end of a step. Only where they vary does one wait for others' prompts, as arrivals do.
 
-    >>> work = Work(prompt_s=0.1, step_s=0.01, full_step_s=0.01, slots=4, prompt_tokens=100, output_tokens=91)
+    >>> work = Work(
+    ...     prompt_s=0.1, full_prompt_s=0.4, step_s=0.01, full_step_s=0.01, slots=4, prompt_tokens=100, output_tokens=91
+    ... )
     >>> float(slots_of_clients(1, work).whole_s), float(slots_of_clients(1, work).first_s)
     (1.0, 0.1)
     """
     each = np.maximum(np.asarray(clients, dtype=float) / servers, 1.0)
     running = np.minimum(each, work.slots)
-    stays = work.residence_s(running)
+    reading, answering = work.reading_s(running), work.answering_s(running)
+    stays = reading + answering
     leave = running / stays
     wait = (each - running) / leave
     prompt = work.prompt_among(running)
     prompts = np.minimum(leave * prompt, 1.0)  # share of the time
-    most = np.where(work.variation > 0, (running - 1) * prompt, 0.0)  # all others' at once
+    most = np.where(work.variation > 0, work.beside(running) * prompt, 0.0)  # all others' at once
     ahead = np.minimum(prompts * prompt / (2 * np.maximum(1 - prompts, 1e-9)), most / 2)
-    first = prompt + ahead
-    first_p95 = prompt + np.minimum(3 * ahead, most)
+    first = reading + ahead
+    first_p95 = reading + np.minimum(3 * ahead, most)
     share = np.minimum(each, 1.0)
     return Slots(
         first_s=wait + first, first_p95_s=wait + first_p95, whole_s=wait + stays, whole_p95_s=wait + stays + (first_p95 - first),

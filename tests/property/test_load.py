@@ -20,14 +20,17 @@ from planner.estimating.pricing import Priced, price
 from planner.estimating.waterfall import PHASES, waterfall
 
 SLACK = 1 + 1e-6
+OF_PIECES = 1.005  # a prompt that fills its last piece is cheaper by the token
 FAMILIES = sorted(families())
 TIMES = ("ttft_s", "tpot_s", "latency_s")
-BY_OPERATORS: tuple[tuple[Step, ...], ...] = (
-    (),
-    (complete(Step("weight_int4")),),
-    (Step("batch_size", {"count": 4}),),
-    (complete(Step("weight_int8")), Step("batch_size", {"count": 16})),
-)
+INT8, INT4 = (complete(Step(f"weight_int{bits}")) for bits in (8, 4))
+FOUR, SIXTEEN = (Step("batch_size", {"count": count}) for count in (4, 16))
+PIECES = Step("chunked_prefill", {"tokens": 128})
+BY_OPERATORS: dict[str, tuple[tuple[Step, ...], ...]] = {
+    "transformers": ((), (INT4,), (FOUR,), (INT8, SIXTEEN)),
+    "llama_cpp": ((), (FOUR,), (complete(Step("weight_gguf")), SIXTEEN), (SIXTEEN, PIECES)),
+    "openvino": ((), (complete(Step("weight_openvino")),), (FOUR,), (SIXTEEN, PIECES)),
+}
 quiet = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -67,22 +70,22 @@ def machines(draw: st.DrawFn) -> Hardware:
 
 
 workloads = st.builds(
-    Workload, prompt_tokens=st.integers(1, 8000), output_tokens=st.integers(1, 2000), concurrency=st.sampled_from((16, 40, 256))
+    Workload, prompt_tokens=st.integers(1, 8000), output_tokens=st.integers(1, 5) | st.integers(1, 2000), concurrency=st.sampled_from((16, 40, 256))
 )  # fmt: skip
 
 
 @st.composite
 def asked(draw: st.DrawFn) -> Asked:
     """Return a plan priced by operators or by a law."""
-    engine = draw(st.sampled_from((*FAMILIES, "transformers", "transformers")))
+    engine = draw(st.sampled_from((*FAMILIES, *BY_OPERATORS)))
     hardware = draw(machines())
-    law = engine not in ("transformers", "llama_cpp")
+    steps = draw(st.sampled_from(BY_OPERATORS.get(engine, ((),))))
+    law = engine not in BY_OPERATORS
     if law and engine not in SPLITTING:
         hardware = replace(hardware, devices=hardware.devices[:1])
     return Asked(
-        model=draw(models()), engine=engine, hardware=hardware, workload=draw(workloads),
+        model=draw(models()), engine=engine, hardware=hardware, workload=draw(workloads), steps=steps,
         weights=draw(st.sampled_from((None, *WEIGHTS))) if law else None,
-        steps=draw(st.sampled_from(BY_OPERATORS)) if engine == "transformers" else (),
     )  # fmt: skip
 
 
@@ -144,7 +147,7 @@ def test_memory_grows_with_context_and_longer_answers_are_never_sooner_or_cheape
         assert after.values["peak_memory_bytes"].mid * SLACK >= before.values["peak_memory_bytes"].mid
     assert longer.values["latency_s"].mid * SLACK >= before.values["latency_s"].mid
     if asked.workload.concurrency == 1 or not asked.by_law:
-        assert prompts.values["latency_s"].mid * SLACK >= before.values["latency_s"].mid
+        assert prompts.values["latency_s"].mid * OF_PIECES >= before.values["latency_s"].mid
         assert prompts.values["cost_usd_per_token"].mid * SLACK >= before.values["cost_usd_per_token"].mid
 
 
@@ -174,7 +177,7 @@ def test_more_arrivals_wait_longer_and_beyond_the_capacity_no_time_is_told(
     assert here.values["requests_per_s"].mid == pytest.approx(load * capacity)
     # the machine costs the same by the hour however little it does
     costs = [found.values["cost_usd_per_token"].mid for found in (few, here, fuller)]
-    assert costs == sorted(costs, reverse=True)
+    assert costs[0] * OF_PIECES >= costs[1] and costs[1] * OF_PIECES >= costs[2]
     beyond = at(asked, requests_per_s=3 * capacity)
     assert not set(beyond.values) & {"ttft_s", "latency_s", "throughput_tokens_per_s", "cost_usd_per_token"}
     assert "it would fall behind: capacity is" in beyond.prevented["latency_s"].message

@@ -140,15 +140,25 @@ def test_shared_service_is_a_distribution_that_moves_up_with_the_rate(
 
 # ---------------------------------------------------------------- slots that share each step
 
-SHORT = Work(prompt_s=0.05, step_s=0.02, full_step_s=0.025, slots=16, prompt_tokens=500, output_tokens=128)
-LONG = Work(prompt_s=0.3, step_s=0.01, full_step_s=0.03, slots=8, prompt_tokens=500, output_tokens=64)
+SHORT = Work(
+    prompt_s=0.05, full_prompt_s=0.8, step_s=0.02, full_step_s=0.025, slots=16, prompt_tokens=500, output_tokens=128
+)
+LONG = Work(
+    prompt_s=0.3, full_prompt_s=2.4, step_s=0.01, full_step_s=0.03, slots=8, prompt_tokens=500, output_tokens=64
+)
 PIECES = replace(LONG, pieces=4)
-FEW = Work(prompt_s=0.1, step_s=0.01, full_step_s=0.014, slots=4, prompt_tokens=500, output_tokens=64)
+FEW = Work(
+    prompt_s=0.1, full_prompt_s=0.4, step_s=0.01, full_step_s=0.014, slots=4, prompt_tokens=500, output_tokens=64
+)
+
+# Answers so short that they end before the other prompts are read.
+ONE, TWO, SIX = (replace(LONG, output_tokens=tokens) for tokens in (1, 2, 6))
 
 
 def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0) -> tuple[float, ...]:
     """Return mean and 95th percentile to the first token and to the last, and requests a second, step by step."""
     draw = random.Random(1)
+    token_s = (work.full_prompt_s - work.prompt_s) / max(work.slots - 1, 1) / work.prompt_tokens  # along with a prompt
     due = deque(itertools.accumulate(draw.expovariate(rate) for _ in range(count)) if rate else [0.0] * clients)
     at_s, waiting, reading, running, first, whole = 0.0, deque(), deque(), [], [], []
     while len(whole) < count:
@@ -159,8 +169,8 @@ def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0)
         if not reading and not running:
             at_s = due[0]
             continue
-        piece_s = work.prompt_s / work.pieces + len(running) * work.prompt_s / work.prompt_tokens
-        at_s += piece_s if reading else float(work.step_among(len(running)))
+        step_s = float(work.step_among(len(running))) if running else 0.0
+        at_s += max(work.prompt_s / work.pieces + len(running) * token_s, step_s) if reading else step_s
         for request in running:
             request[1] -= 1
         if reading:
@@ -179,7 +189,7 @@ def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0)
 
 
 @pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("work", [SHORT, LONG, PIECES, FEW])
+@pytest.mark.parametrize("work", [SHORT, LONG, PIECES, FEW, TWO, SIX])
 def test_arrivals_meet_in_slots_what_they_meet_in_a_simulation(work: Work, load: float) -> None:
     rate = load * float(slots_of_arrivals(1e-6, work).capacity_per_s)
     found = slots_of_arrivals(rate, work)
@@ -191,7 +201,7 @@ def test_arrivals_meet_in_slots_what_they_meet_in_a_simulation(work: Work, load:
 
 
 @pytest.mark.parametrize("clients", [1, 4, 8, 16])
-@pytest.mark.parametrize("work", [LONG, PIECES])
+@pytest.mark.parametrize("work", [LONG, PIECES, ONE, TWO, SIX])
 def test_clients_meet_in_slots_what_they_meet_in_a_simulation(work: Work, clients: int) -> None:
     found = slots_of_clients(clients, work)
     first, first_p95, whole, whole_p95, rate = served_in_slots(work, 800, clients=clients)
@@ -201,8 +211,8 @@ def test_clients_meet_in_slots_what_they_meet_in_a_simulation(work: Work, client
 
 
 def test_slots_are_told_of_many_plans_at_once_as_of_each() -> None:
-    works = (SHORT, LONG, PIECES, FEW, replace(FEW, slots=1, full_step_s=0.01))
-    names = ("prompt_s", "step_s", "full_step_s", "slots", "prompt_tokens", "output_tokens", "pieces")
+    works = (SHORT, LONG, PIECES, FEW, replace(FEW, slots=1, full_prompt_s=0.1, full_step_s=0.01))
+    names = ("prompt_s", "full_prompt_s", "step_s", "full_step_s", "slots", "prompt_tokens", "output_tokens", "pieces")
     together = Work(**{name: np.array([getattr(work, name) for work in works]) for name in names})
     for rate in (0.3, 1.2, 50.0):
         many = slots_of_arrivals(rate, together)
@@ -221,7 +231,7 @@ def test_pieces_trade_the_own_first_token_for_the_others_tokens() -> None:
 
 
 def test_one_slot_is_a_single_server() -> None:
-    one = replace(FEW, slots=1, full_step_s=0.01)
+    one = replace(FEW, slots=1, full_prompt_s=0.1, full_step_s=0.01)
     service = 0.1 + 63 * 0.01
     for load in (0.2, 0.6, 0.9):
         found, exact = slots_of_arrivals(load / service, one), queue_of_batches(load / service, service, service, 1)
