@@ -211,7 +211,8 @@ def _in_slots(alone: Figures, slots: Slots, queue: Queue, tokens: int) -> dict[s
         for name, mean, p95 in (("ttft_s", first, slots.first_p95_s), ("latency_s", whole, slots.whole_p95_s))
     }
     step = alone["tpot_s"]
-    each = np.where(np.isfinite(whole), (whole - first) / max(tokens - 1, 1), step.mid)
+    told = np.isfinite(whole) & (tokens > 1)  # of a single token there is no time between tokens: a step of one alone
+    each = np.where(told, (whole - first) / max(tokens - 1, 1), step.mid)
     found["tpot_s"] = replace(step, mid=each, parts={"other requests": each - step.mid, **step.parts})
     return found
 
