@@ -190,10 +190,14 @@ class Chains:
         return node
 
     def _child(self, node: Node, number: int) -> Node:
-        after = apply_steps(node.demand, (STEPS[number],))
-        variance = after.perplexity_log_sd**2 - node.demand.perplexity_log_sd**2
-        gain = abs(math.log(after.tokens_per_step / node.demand.tokens_per_step))
-        child = node.children[number] = Node(after, (*node.steps, (number, max(0.0, variance), gain)))
+        step, before = STEPS[number], node.demand
+        after = techniques.get(step.technique).rewrite(before, **step.knobs)
+        variance = gain = 0.0
+        if after.perplexity_log_sd != before.perplexity_log_sd:
+            variance = max(0.0, after.perplexity_log_sd**2 - before.perplexity_log_sd**2)
+        if after.tokens_per_step != before.tokens_per_step:
+            gain = abs(math.log(after.tokens_per_step / before.tokens_per_step))
+        child = node.children[number] = Node(after, (*node.steps, (number, variance, gain)))
         self._count += 1
         return child
 

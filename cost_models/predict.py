@@ -134,13 +134,19 @@ def _one(values: Any) -> float:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hold the cyclic garbage collector still: thousands of new nodes, none of them garbage, set it off again and again."""
+    """Hold the cyclic garbage collector still: thousands of new nodes, none of them garbage, set it off again and again.
+
+    What was made meanwhile counts as old afterwards, or the next allocation would have all of it searched.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -178,7 +178,7 @@ def expected_loss(method: str, knobs: Knobs, params: float, family: str = "") ->
     return _expected(method, tuple(sorted(knobs.items())), params, family)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=32_768)  # settings of all techniques for a few models
 def _expected(method: str, items: tuple[tuple[str, Any], ...], params: float, family: str) -> Loss | None:
     evidence = _fits()["methods"].get(method, {})
     knobs = strength(method, dict(items))
@@ -233,7 +233,12 @@ def _pairs() -> Mapping[frozenset[str], Mapping[str, str]]:
 
 def together(a: Loss, b: Loss) -> Mapping[str, str] | None:
     """Return what quality_compositions.csv says of two losses: of their methods, else of their groups."""
-    return _pairs().get(frozenset((a.method, b.method))) or _pairs().get(frozenset((a.group, b.group)))
+    return _said(a.method, b.method, a.group, b.group)
+
+
+@cache
+def _said(method: str, other_method: str, group: str, other_group: str) -> Mapping[str, str] | None:
+    return _pairs().get(frozenset((method, other_method))) or _pairs().get(frozenset((group, other_group)))
 
 
 def lose_more_together(a: Loss, b: Loss) -> bool:

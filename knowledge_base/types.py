@@ -30,10 +30,11 @@ class Changing:
             TypeError: there is no such value.
         """
         values = vars(self)
-        if not changes.keys() <= values.keys():
+        changed = {**values, **changes}
+        if len(changed) > len(values):
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(changes.keys() - values.keys()))}")
         other = object.__new__(type(self))
-        vars(other).update(values, **changes)
+        object.__setattr__(other, "__dict__", changed)
         return other
 
 
