@@ -446,10 +446,10 @@ def told(answer: ParetoSet) -> dict[str, Any]:
 
 
 def best_of(rows: Iterable[Mapping[str, Any]], question: Question, count: int = BEST) -> list[Plan]:
-    """Return the fastest plans of the grid within a question's quality budget, best first."""
+    """Return the fastest plans of the grid that did not fail, within a question's quality budget, best first."""
     within = [
         row for row in rows
-        if "decode_tokens_per_s" in row.get(f"batch {question.batch}", {})
+        if not row["failure"] and "decode_tokens_per_s" in row.get(f"batch {question.batch}", {})
         and (question.quality_loss is None or row["perplexity_ratio"][0] <= 1 + question.quality_loss)
     ]  # fmt: skip
     within.sort(key=lambda row: -row[f"batch {question.batch}"]["decode_times"][0])
@@ -539,7 +539,7 @@ def summary(found: Mapping[str, Any]) -> str:
     }  # fmt: skip
     lines = [_line("engine", *(f"{kind}: tokens/s" for kind in kinds)), "|---" * (1 + len(kinds)) + "|"]
     for engine, rows in found["rows"].items():
-        kept = [row for row in rows if row.get("perplexity_ratio", [1.0])[0] <= 1 + SAME_QUALITY]
+        kept = [row for row in rows if not row["failure"] and row.get("perplexity_ratio", [1.0])[0] <= 1 + SAME_QUALITY]
         cells = []
         for batch, what in kinds.values():
             best = max((row for row in kept if what in row.get(batch, {})), key=lambda row: row[batch][what][0], default=None)  # fmt: skip
@@ -641,7 +641,8 @@ def _bytes(value: float | None) -> str:
 def with_summaries(page: str, kept: Mapping[str, Any]) -> str:
     """Return the text of the page on engines with the summaries of what is kept."""
     for model, found in kept.items():
-        told = f"{found['model']}, {found['params'] / 1e6:.3g} M parameters, on {found['machine']}, {found['date']}; perplexity within {SAME_QUALITY:.0%}:"
+        within = f"; perplexity within {SAME_QUALITY:.0%}" if SUBJECTS[model].quality else ""
+        told = f"{found['model']}, {found['params'] / 1e6:.3g} M parameters, on {found['machine']}, {found['date']}{within}:"
         page = placed(page, f"engines, {model}", f"{told}\n\n{summary(found)}")
     return page
 

@@ -6,10 +6,10 @@
     python benchmarks/prediction_error.py --rows FILE  # the shipped laws on any rows in the columns of ../shared
     python benchmarks/prediction_error.py --check      # fails where an error on committed rows is worse than written
 
-Laws are fitted without whole devices, then without whole models, and judged on what was left out. `A few rows`: four
+Laws are fitted without whole devices, then without whole models, and judged on what was left out. `A few rows`: eight
 measurements of a device and engine (or of one model on it) tell the others of the same quantity
-(cost_models/serving_calibration.py). Which four is chosen from the configurations alone, before anything is measured:
-those that leave least unknown. With fewer than eight rows half of them tell the other half.
+(cost_models/serving_calibration.py). Which eight is chosen from the configurations alone, before anything is measured:
+those that leave least unknown. With fewer than sixteen rows half of them tell the other half.
 Intervals are those errors' 90 % quantile on the other folds (conformal). Single thread: OMP_NUM_THREADS=1.
 """
 
@@ -42,7 +42,7 @@ LAWS = HERE.parent / "knowledge_base/data/engine_laws.csv"
 FOLDS = 20  # groups of whole devices or models left out together
 LEVEL = 0.9
 GUARD = 0.98  # of memory errors that the guarded figure covers
-CALIBRATION_ROWS = 4
+CALIBRATION_ROWS = 8
 FEWEST = 10  # errors of a family before it has an interval of its own
 WORSE = 0.01  # of a median error that --check lets pass: other versions of numpy and scipy stop fits elsewhere
 TOO_LOW = 0.03  # of peak memory

@@ -31,6 +31,11 @@ DATA = Path(__file__).resolve().parent / "data"
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/ground_truth.csv"
 OPEN_LICENCES = ("Apache-2.0", "Apache-2.0 (benchmark repo)", "MIT", "BSD-3-Clause")
 DISPUTED = 2.0  # between reports of the same configuration; drivers and versions explain less
+TINY, TINY_MILLIONS = (
+    r"(?<![\d.a-z])(\d+(?:\.\d+)?)m\b",
+    30,
+)  # of parameters, in the name of a model that takes next to nothing
+SHARED_BYTES = 1e9  # beyond an engine and its context: what else runs on the device
 MULTI_NODE = 8  # devices; beyond, the layouts of the rows are not told
 
 # What the metric is of, from the names the rows use.
@@ -196,10 +201,17 @@ def read(path: Path) -> Iterator[dict[str, str]]:
 def usable(rows: Iterable[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str, str]]]:
     """Return the rows that can be predicted, and how many of each (metric, reason) cannot."""
     kept, left = [], Counter[tuple[str, str]]()
+    rows = list(rows)
+    shared = _shared_devices(rows)
     for row in rows:
         if row["metric"].startswith("train") or row["metric"] in ("model_size_gb", "samples_per_s"):
             continue  # judged elsewhere
-        found = _row(row)
+        on_shared = METRICS.get(row["metric"]) == "memory" and (row["source_url"], row["hardware"]) in shared
+        found = (
+            "memory of all that runs on the device: a model of next to none takes a GB there"
+            if on_shared
+            else _row(row)
+        )
         if isinstance(found, str):
             left[row["metric"], found] += 1
         else:
@@ -207,6 +219,17 @@ def usable(rows: Iterable[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str
     disputed = _disputed(kept)
     left.update((row.what, f"reports of one configuration differ by more than {DISPUTED:g} times") for row in disputed)
     return [row for row in kept if row not in disputed], left
+
+
+def _shared_devices(rows: Iterable[dict[str, str]]) -> set[tuple[str, str]]:
+    """Return (source, hardware) of the reports of memory that count other programs in: a tiny model tells of them."""
+    return {
+        (row["source_url"], row["hardware"])
+        for row in rows
+        if METRICS.get(row["metric"]) == "memory" and _is_count(row["value"])
+        and (named := re.search(TINY, row["model"].lower())) and float(named[1]) <= TINY_MILLIONS
+        and _value(row["metric"], float(row["value"] or 0), 1.0, 1.0, 1.0) > SHARED_BYTES
+    }  # fmt: skip
 
 
 def _disputed(rows: Sequence[Row]) -> set[Row]:

@@ -24,12 +24,13 @@ SLOPE_STEP = 1e-5  # of a coefficient's logarithm
 CONVERGED = 1e-4  # share of the cost the last step may win: stopped at 1e-3, families of one card ended anywhere
 EFFECT_SD = 0.2  # of the logarithm of what a class or a kind changes
 POOLED_ROWS = 3  # of one group at most in the pooled law, which is about many models and devices
-BETWEEN = 2.5  # how much more families differ from the pooled law than measurements from their family's law
+BETWEEN = 1.5  # how much more families differ from the pooled law than measurements from their family's law
 # What is known of a family before it is measured: an eager host starts every kernel, an old scheduler walks its requests,
-# prompts are cut into chunks (llama.cpp: n_ubatch, MLX: prefill_step_size, servers: max_num_batched_tokens).
+# prompts are cut into chunks (llama.cpp: n_ubatch, MLX: prefill_step_size, servers: max_num_batched_tokens). Eager PyTorch
+# holds gate, up, product and hidden states of a whole prompt, which is what `activation` counts.
 CHUNK_TOKENS = {"llama_cpp": 512, "mlx": 2048, "vllm": 8192, "sglang": 8192, "tensorrt_llm": 8192}
 FAMILY_PRIORS: dict[str, dict[str, tuple[float, float]]] = {
-    "transformers": {"layer_s": (8e-4, 0.3), "runtime_bytes": (2e8, 0.5)},
+    "transformers": {"layer_s": (8e-4, 0.3), "runtime_bytes": (2e8, 0.5), "activation": (1.0, 0.05)},
     "vllm_v0": {"sequence_s": (2e-4, 0.5)},
     **{name: {"chunk_tokens": (tokens, 0.01)} for name, tokens in CHUNK_TOKENS.items()},
 }

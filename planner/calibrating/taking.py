@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from planner.progress import Progress
     from planner.reading import ReadResult
 
+USUAL_BITS = (4.5, 8.5, 16.0, 2.6)  # stored for each weight, scales included; what most plans choose comes first
 GIVEN = "given"  # the size of a model that was given
 FIRST_S = 4.0  # what a measurement is taken to need before there was one of its size
 LEAST_S = 5.0  # a time limit below this is refused: loading the engines alone takes longer
@@ -350,15 +351,15 @@ def _tasks(size: str, name: str, formats: Mapping[str, Mapping[str, Sequence[For
 
 
 def _by_width(formats: Sequence[Format]) -> list[Format]:
-    """Return the formats nearest to 2, 4, 8, 16 bits first, then their neighbours.
+    """Return the formats nearest to each of USUAL_BITS first, in that order, then their neighbours.
 
-    >>> [f.name for f in _by_width([Format(name=str(b), bits=b, steps=()) for b in (3.4, 4.5, 5.5, 8.5, 16.0)])]
-    ['4.5', '8.5', '16.0', '3.4', '5.5']
+    >>> [f.name for f in _by_width([Format(name=str(b), bits=b, steps=()) for b in (2.6, 3.4, 4.5, 5.5, 8.5, 16.0)])]
+    ['4.5', '8.5', '16.0', '2.6', '5.5', '3.4']
     """
     places: dict[int, int] = {}
     ranked = []
-    for form in sorted(formats, key=lambda f: abs(math.log2(f.bits) - round(math.log2(f.bits)))):
-        width = round(math.log2(form.bits))
+    for form in sorted(formats, key=lambda f: min(abs(math.log(f.bits / usual)) for usual in USUAL_BITS)):
+        width = min(range(len(USUAL_BITS)), key=lambda i: abs(math.log(form.bits / USUAL_BITS[i])))
         places[width] = places.get(width, 0) + 1
         ranked.append((places[width], width, form))
     return [form for _, _, form in sorted(ranked, key=lambda item: item[:2])]

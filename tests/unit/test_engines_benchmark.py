@@ -342,11 +342,18 @@ def test_the_page_on_engines_has_their_fastest_formats() -> None:
 
 
 def test_what_loses_quality_is_no_engines_fastest() -> None:
-    def row(name: str, ratio: float, rate: float) -> dict[str, Any]:
+    def row(name: str, ratio: float, rate: float, failure: str | None = None) -> dict[str, Any]:
         speed = {"decode_tokens_per_s": [rate], "prefill_tokens_per_s": [rate]}
-        return {"format": name, "perplexity_ratio": [ratio], "batch 1": speed, "batch 8": {"why": "no room"}}
+        return {
+            "format": name,
+            "perplexity_ratio": [ratio],
+            "batch 1": speed,
+            "batch 8": {"why": "no room"},
+            "failure": failure,
+        }
 
-    told = bench.summary({"rows": {"toy": [row("int2", 1.3, 90.0), row("int8", 1.001, 50.0)]}})
+    rows = [row("int2", 1.3, 90.0), row("int3", 1.0, 80.0, "quality_collapse: says nothing"), row("int8", 1.001, 50.0)]
+    told = bench.summary({"rows": {"toy": rows}})
     assert told.splitlines()[-1] == "| toy | 50 (int8) | - | 50 (int8) |"
 
 
