@@ -70,6 +70,7 @@ class Format:
     name: str
     bits: float  # stored for each weight of the layers
     steps: tuple[Step, ...]
+    needs_s: float = 0.0  # predicted to build and to serve it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,7 @@ class _Taking:
         take longer than a calibration should.
         """
         from cost_models.demand import chains
+        from cost_models.predict import estimate_many
         from search.space import build_space
 
         load = self.programme.workload
@@ -216,7 +218,10 @@ class _Taking:
             wanted = self.programme.formats is None or demand.weight_format in self.programme.formats
             if wanted and not demand.compiled and (key not in found or rank < found[key][0]):
                 bits = 8 * demand.linear_bytes / demand.linear_params
-                found[key] = (rank, Format(name=demand.weight_format, bits=bits, steps=plan.steps))
+                told = estimate_many([plan], model, load, self.hardware)
+                tokens = self.programme.protocol.requests * load.output_tokens
+                needs_s = float((told["build_s"].mid + tokens * told["tpot_s"].mid)[0])
+                found[key] = (rank, Format(name=demand.weight_format, bits=bits, steps=plan.steps, needs_s=needs_s))
         unchanged = [form for rank, form in found.values() if rank[0] == 0]
         return unchanged + _by_width([form for rank, form in found.values() if rank[0]])
 
@@ -350,15 +355,23 @@ def _tasks(size: str, name: str, formats: Mapping[str, Mapping[str, Sequence[For
     return [Task(size=size, engine=name, form=form) for form in formats[size][name]]
 
 
+def _off_usual(form: Format) -> float:
+    return min(abs(math.log(form.bits / usual)) for usual in USUAL_BITS)
+
+
 def _by_width(formats: Sequence[Format]) -> list[Format]:
     """Return the formats nearest to each of USUAL_BITS first, in that order, then their neighbours.
 
+    Of formats about as near the one that is quickest to build and to serve comes first: the time is short.
+
     >>> [f.name for f in _by_width([Format(name=str(b), bits=b, steps=()) for b in (2.6, 3.4, 4.5, 5.5, 8.5, 16.0)])]
     ['4.5', '8.5', '16.0', '2.6', '5.5', '3.4']
+    >>> [f.name for f in _by_width([Format(name=n, bits=4.5, steps=(), needs_s=s) for n, s in (("nf4", 9.0), ("int4", 3.0))])]
+    ['int4', 'nf4']
     """
     places: dict[int, int] = {}
     ranked = []
-    for form in sorted(formats, key=lambda f: min(abs(math.log(f.bits / usual)) for usual in USUAL_BITS)):
+    for form in sorted(formats, key=lambda f: (round(_off_usual(f), 1), f.needs_s)):
         width = min(range(len(USUAL_BITS)), key=lambda i: abs(math.log(form.bits / USUAL_BITS[i])))
         places[width] = places.get(width, 0) + 1
         ranked.append((places[width], width, form))
