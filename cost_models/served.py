@@ -23,7 +23,7 @@ from cost_models import queueing, serving
 from cost_models.demand import DTYPE_BYTES, demand_of
 from cost_models.efficiency import read_rows
 from cost_models.load import copies, falls_behind
-from cost_models.serving import Deployments
+from cost_models.serving import Deployments, Laws
 from cost_models.terms import terms
 from cost_models.terms._prediction import Prediction
 from knowledge_base import units
@@ -105,7 +105,21 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     law = {name: value[0] for name, value in serving.law_of(laws, [family], [tags]).items()}
     spreads = {q: serving.spread(laws, q, family) for q in ("tpot", "ttft", "energy", "memory")}
     found = _Serving(d, law, spreads, workload, hardware)
-    return replace(found.served(), notes=(*notes, *told, *found.notes))
+    served = found.served()
+    return replace(served, notes=(*notes, *told, *found.notes, *_tight(laws, family, served, found.one_cache_bytes())))
+
+
+def _tight(laws: Laws, family: str, served: Served, one_cache_bytes: float) -> list[str]:
+    """Return what there is to say of a deployment that fits by its middle figure, with the cache of one request at least."""
+    memory = served.parts["peak_memory_bytes"]
+    needed = sum(memory.values()) - max(memory["KV cache"] - one_cache_bytes, 0.0)
+    guarded = float(serving.guarded_memory(laws, family, needed, served.devices))
+    if not needed <= served.limit_bytes < guarded:
+        return []
+    told, most, there = (units.format(x, "bytes") for x in (needed, guarded, served.limit_bytes))
+    return [
+        f"may not fit: {told} of {there} with the cache of one request, and 1 in 50 such predictions is of up to {most}"
+    ]
 
 
 # ---------------------------------------------------------------- what is asked of the engine
@@ -348,6 +362,10 @@ class _Serving:
             pool = float(self.law["filled"] * d.devices * d.memory_bytes) - (sum(parts.values()) - parts["KV cache"])
             parts["KV cache"] = min(parts["KV cache"], d.batch * one, max(pool, one))
         return parts
+
+    def one_cache_bytes(self) -> float:
+        """Return the bytes of one request's keys and values at its full length."""
+        return float(serving.cache_bytes(self.d, self.d.prompt_tokens + self.d.output_tokens))
 
     def _sizes(self, memory: Mapping[str, float], running: float) -> dict[str, Value]:
         d, words = self.d, _words(memory)

@@ -226,3 +226,20 @@ def test_every_family_prices_a_model_on_a_device_it_runs_on(family: str) -> None
     for name, value in found.values.items():
         assert isinstance(value, Value) and np.isfinite(value.high) and value.low > 0, name
     assert found.values["tpot_s"].mid >= found.values["weights_bytes"].mid / 1e12 * 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_fits_by_its_middle_figure_alone_says_that_it_may_not(family: str) -> None:
+    def told(memory_bytes: float) -> Served:
+        device = Device(
+            name="x", kind="gpu", memory_bytes=int(memory_bytes), memory_bytes_per_s=1e12, busy_w=300.0,
+            flop_per_s={"bfloat16": 1e14}, features=ONLY_ON.get(family, frozenset({"cuda"})),
+        )  # fmt: skip
+        hardware = Hardware(name="one", devices=(device,), host_memory_bytes=2**50, memory_limit_bytes=2**50)
+        return serve(family, TOY_MODEL, Workload(prompt_tokens=100, output_tokens=100), hardware)
+
+    roomy = told(2**44)
+    needed = roomy.values["peak_memory_bytes"].mid
+    assert not any("may not fit" in note for note in roomy.notes)
+    assert any("may not fit" in note for note in told(1.01 * needed).notes)
+    assert not any("may not fit" in note for note in told(0.5 * needed).notes)  # it does not
