@@ -498,7 +498,10 @@ def grid_table(found: Mapping[str, Any], *, quality: bool) -> str:
         heads += [f"decode, {batch}: tokens/s", "of the bound", f"prefill, {batch}: tokens/s"]
     rows = [row for rows in found["rows"].values() for row in rows]
     best = {
-        key: max((row[key[0]][key[1]][0] for row in rows if key[1] in row.get(key[0], {})), default=0.0)
+        key: max(
+            (row[key[0]][key[1]][0] for row in rows if not row["failure"] and key[1] in row.get(key[0], {})),
+            default=0.0,
+        )
         for key in ((f"batch {b}", what) for b in BATCHES for what in ("decode_tokens_per_s", "prefill_tokens_per_s"))
     }
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -508,6 +511,8 @@ def grid_table(found: Mapping[str, Any], *, quality: bool) -> str:
         if "batch 1" not in row:
             failed.append(f"- {plain(name)}: {plain(row['failure'] or 'not served')}")
             continue
+        if row["failure"]:
+            failed.append(f"- {plain(name)}, which no answer may be: {plain(row['failure'])}")
         cells = [row["engine"], row["format"], " + ".join(row["steps"]) or "as it came"]
         cells += [_bytes(row.get("artefact_bytes")), _bytes(row.get("peak_memory_bytes"))]
         cells += [f"{row['perplexity_ratio'][0]:.4g}×" if "perplexity_ratio" in row else "-"] if quality else []
@@ -642,7 +647,9 @@ def with_summaries(page: str, kept: Mapping[str, Any]) -> str:
     """Return the text of the page on engines with the summaries of what is kept."""
     for model, found in kept.items():
         within = f"; perplexity within {SAME_QUALITY:.0%}" if SUBJECTS[model].quality else ""
-        told = f"{found['model']}, {found['params'] / 1e6:.3g} M parameters, on {found['machine']}, {found['date']}{within}:"
+        size = f"{found['params'] / 1e6:.3g} M parameters"
+        what = found["model"] if size in found["model"] else f"{found['model']}, {size}"
+        told = f"{what}, on {found['machine']}, {found['date']}{within}:"
         page = placed(page, f"engines, {model}", f"{told}\n\n{summary(found)}")
     return page
 

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import prediction_error as pe
 from benchmarks.peer_rules import aiconfigurator
 from benchmarks.peer_rules._asked import Answer, Asked, Peer
-from benchmarks.public_rows import SHARED, committed, observed, records, usable
+from benchmarks.public_rows import SHARED, committed, observed, records, usable_with_records
 from benchmarks.readme_tables import figures, keep_figures, placed, plain
 from cost_models.error_report import spearman
 from cost_models.serving import law_of, predict, shipped
@@ -63,12 +63,10 @@ def peers() -> dict[str, Peer]:
 
 def rows_of(published: Iterable[Mapping[str, str]]) -> tuple[list[Asked], Observed]:
     """Return the usable rows of the quantities that peers tell, as questions and as columns in the same order."""
-    record_of = {}
-    for record in published:
-        kept, _ = usable(iter([dict(record)]))
-        record_of.update({id(row): (row, record) for row in kept})
-    table, rows = observed([row for row, _ in record_of.values()], Counter())
-    return [Asked(row, record_of[id(row)][1]) for row in rows], table
+    kept, _ = usable_with_records(map(dict, published))
+    record_of = {id(row): record for row, record in kept}
+    table, rows = observed([row for row, _ in kept], Counter())
+    return [Asked(row, record_of[id(row)]) for row in rows], table
 
 
 def ask(peer: Peer, asked: Sequence[Asked], folder: Path) -> tuple[list[Answer], float]:

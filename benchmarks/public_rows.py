@@ -35,6 +35,7 @@ TINY, TINY_MILLIONS = (
     r"(?<![\d.a-z])(\d+(?:\.\d+)?)m\b",
     30,
 )  # of parameters, in the name of a model that takes next to nothing
+ALL_THAT_RUNS = "memory of all that runs on the device: a model of next to none takes a GB there"
 SHARED_BYTES = 1e9  # beyond an engine and its context: what else runs on the device
 MULTI_NODE = 8  # devices; beyond, the layouts of the rows are not told
 
@@ -200,6 +201,14 @@ def read(path: Path) -> Iterator[dict[str, str]]:
 
 def usable(rows: Iterable[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str, str]]]:
     """Return the rows that can be predicted, and how many of each (metric, reason) cannot."""
+    kept, left = usable_with_records(rows)
+    return [row for row, _ in kept], left
+
+
+def usable_with_records(
+    rows: Iterable[dict[str, str]],
+) -> tuple[list[tuple[Row, dict[str, str]]], Counter[tuple[str, str]]]:
+    """Return the same with what each row was published as. All at once: reports contradict and explain each other."""
     kept, left = [], Counter[tuple[str, str]]()
     rows = list(rows)
     shared = _shared_devices(rows)
@@ -207,18 +216,14 @@ def usable(rows: Iterable[dict[str, str]]) -> tuple[list[Row], Counter[tuple[str
         if row["metric"].startswith("train") or row["metric"] in ("model_size_gb", "samples_per_s"):
             continue  # judged elsewhere
         on_shared = METRICS.get(row["metric"]) == "memory" and (row["source_url"], row["hardware"]) in shared
-        found = (
-            "memory of all that runs on the device: a model of next to none takes a GB there"
-            if on_shared
-            else _row(row)
-        )
+        found = ALL_THAT_RUNS if on_shared else _row(row)
         if isinstance(found, str):
             left[row["metric"], found] += 1
         else:
-            kept.append(found)
-    disputed = _disputed(kept)
+            kept.append((found, row))
+    disputed = _disputed([row for row, _ in kept])
     left.update((row.what, f"reports of one configuration differ by more than {DISPUTED:g} times") for row in disputed)
-    return [row for row in kept if row not in disputed], left
+    return [pair for pair in kept if pair[0] not in disputed], left
 
 
 def _shared_devices(rows: Iterable[dict[str, str]]) -> set[tuple[str, str]]:
@@ -226,7 +231,7 @@ def _shared_devices(rows: Iterable[dict[str, str]]) -> set[tuple[str, str]]:
     return {
         (row["source_url"], row["hardware"])
         for row in rows
-        if METRICS.get(row["metric"]) == "memory" and _is_count(row["value"])
+        if METRICS.get(row["metric"]) == "memory" and _is_count(row["value"]) and not re.search(r"\d+b\b", row["model"].lower())
         and (named := re.search(TINY, row["model"].lower())) and float(named[1]) <= TINY_MILLIONS
         and _value(row["metric"], float(row["value"] or 0), 1.0, 1.0, 1.0) > SHARED_BYTES
     }  # fmt: skip

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ class Case:
     calibrated: frozenset[str]  # metrics for which every plan's rates were measured on the device (`Device.reached`)
     decodes: bool = True  # False: an encoder, which reads its text in one pass
     slotted: Any = False  # (plans,) whether requests share the steps of the engine's own server, several at a time
+    apart: Any = (
+        False  # (plans,) whether that server reads prompts in steps of their own, no answer's token along with them
+    )
     reused_tokens: Any = 0.0  # (plans,) of a prompt, kept from earlier requests: only under load
 
     @property
@@ -95,6 +98,7 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
     demand = dict(zip(NUMBERS, table[: len(NUMBERS)], strict=True))
     rest = table[len(NUMBERS) :]
     model = dict(zip((*MODEL_NUMBERS, "window"), (*rest[:-2], rest[-1]), strict=True))
+    decodes = nodes[0].demand.model.kind != "encoder"
     rates = _rates(nodes, rest[-2], demand["linear_bytes"] + demand["head_read_bytes"], hardware.device)
     return Case(
         demand=SimpleNamespace(**demand),
@@ -103,17 +107,15 @@ def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Ca
         workload=workload,
         hardware=hardware,
         calibrated=_calibrated(nodes, hardware.device),
-        decodes=nodes[0].demand.model.kind != "encoder",
-        slotted=_served_together(nodes) & (demand["batch"] > 1),
+        decodes=decodes,
+        slotted=_of_engines(nodes, lambda e: side_by_side(e, nodes[0].demand.model)) & (demand["batch"] > 1) & decodes,
+        apart=_of_engines(nodes, lambda e: getattr(e, "READS_APART", False)),
     )
 
 
-def _served_together(nodes: Sequence[Node]) -> np.ndarray:
-    """Return (plans,): whether the plan's engine answers several requests of the model at once."""
-    known = {
-        name: name in engines.names() and side_by_side(engines.get(name), nodes[0].demand.model)
-        for name in {node.key[0] for node in nodes}
-    }
+def _of_engines(nodes: Sequence[Node], says: Callable[[ModuleType], bool]) -> np.ndarray:
+    """Return (plans,): what the plan's engine says of its server; False where it is none of ours."""
+    known = {name: name in engines.names() and says(engines.get(name)) for name in {node.key[0] for node in nodes}}
     return np.array([known[node.key[0]] for node in nodes])
 
 

@@ -163,7 +163,7 @@ def _work(case: Case, full: Figures, alone: Figures) -> Work:
     return Work(
         prompt_s=alone["ttft_s"].mid, full_prompt_s=full["ttft_s"].mid, step_s=alone["tpot_s"].mid,
         full_step_s=full["tpot_s"].mid, slots=demand.batch, prompt_tokens=new, output_tokens=np.full_like(new, case.workload.output_tokens),
-        pieces=np.maximum(np.ceil(new / step), 1.0), variation=np.zeros_like(new) + _variation(case, alone),
+        pieces=np.maximum(np.ceil(new / step), 1.0), apart=np.zeros_like(new) + case.apart, variation=np.zeros_like(new) + _variation(case, alone),
     )  # fmt: skip
 
 

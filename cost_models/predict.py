@@ -78,7 +78,7 @@ def estimate_many(
     memo = chains(model, workload)
     columns: dict[str, list[tuple[Any, ...]]] = {}
     prevented: dict[str, EnvironmentProblem] = {}
-    with _no_collection():
+    with _no_collection() if len(plans) > CHUNK // 4 else contextlib.nullcontext():
         for start in range(0, len(plans), CHUNK):
             nodes = [memo.node(plan) for plan in plans[start : start + CHUNK]]
             case, features = case_of(nodes, workload, hardware), Features(nodes)

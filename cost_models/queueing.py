@@ -139,6 +139,9 @@ class Work:
     prompt_tokens: Any  # computed of one prompt
     output_tokens: Any
     pieces: Any = 1  # steps that one prompt is read in
+    apart: Any = (
+        0.0  # 1: prompts are read in steps of their own, between those of answers; 0: tokens come along with them
+    )
     variation: Any = 0.0  # squared coefficient of variation of a request
 
     def beside(self, running: Any) -> Any:
@@ -146,12 +149,13 @@ class Work:
         return np.minimum(np.maximum(running - 1, 0), (self.output_tokens - 1) / self.pieces)
 
     def prompt_among(self, running: Any) -> Any:
-        """Return seconds of reading a prompt while some requests are there: tokens of answers are computed along with it."""
+        """Return seconds of reading a prompt, with the tokens that answers get meanwhile, while some requests are there."""
         beside = self.beside(running)
         prompts = beside * self.pieces / np.maximum(self.prompt_tokens, 1)  # as many tokens
         along = affine(self.prompt_s, self.full_prompt_s, self.slots, 1 + prompts)
         steps = self.pieces * self.step_among(np.maximum(beside, 1))  # no piece is read sooner than its answers go on
-        return along + np.minimum(beside, 1) * np.maximum(steps - along, 0.0)
+        with_it = along + np.minimum(beside, 1) * np.maximum(steps - along, 0.0)
+        return np.where(self.apart, self.prompt_s + np.minimum(beside, 1) * steps, with_it)
 
     def step_among(self, running: Any) -> Any:
         """Return seconds of a step that only continues some answers."""
@@ -234,19 +238,19 @@ def slots_of_arrivals(rate: Any, work: Work, *, servers: Any = 1) -> Slots:
     slot_s = behind_answers * waits / (capacity * (1 - ratio)) * (1 + wide.variation) / 2
     running = np.maximum(present / np.maximum(1 - idle, 1e-12), 1.0)
     prompt = wide.prompt_among(running)
-    prompts = queue_of_batches(np.minimum(each, capacity), prompt, prompt, 1)
+    read = np.minimum(prompt, 1 / capacity)  # as fast as prompts are read where there is no time for anything else
+    prompts = queue_of_batches(np.minimum(each, capacity), read, read, 1)
     shared = np.where(slots > 1, 1.0, 0.0)  # whether there is another in the slots to wait for
     answered = np.maximum(1 - idle - each * prompt, 0.0)  # share of the time: a step of answers must end first
     step = shared * wide.step_among(running) * answered
-    first = prompt + shared * np.where(np.isfinite(prompts.wait_s), prompts.wait_s, 0.0) + step / 2
+    first = prompt + shared * prompts.wait_s + step / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         tail_s = np.where(waits > 1 - TAIL, np.log((1 - TAIL) / waits) / np.log(ratio) / capacity, 0.0)
     tail_s = tail_s * (1 + wide.variation) / 2
     most = np.argmax(np.cumsum(at, axis=-1) >= TAIL, axis=-1)[..., None] + 1.0  # with the request itself
     most = np.where(waits > 1 - TAIL, slots, np.minimum(most, slots))
-    prompts_p95 = np.where(np.isfinite(prompts.wait_p95_s), prompts.wait_p95_s, 0.0)
     first_s = first + slot_s
-    first_p95 = np.maximum(prompt + np.maximum(prompts_p95, tail_s) + TAIL * step, first_s)
+    first_p95 = np.maximum(prompt + np.maximum(shared * prompts.wait_p95_s, tail_s) + TAIL * step, first_s)
     most_s = wide.answering_s(most)
     whole_s = first_s + answer_s
     # Late first tokens and slow answers come together where requests wait for a slot, else each by chance.

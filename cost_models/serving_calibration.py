@@ -16,8 +16,8 @@ import numpy as np
 from cost_models.serving import COEFFICIENTS, POOLED, Laws, law_of, predict
 from cost_models.serving_fit import NOISE, Observed
 
-# Standard deviations of log(measured / predicted) on devices the law was not fitted to, chosen so that four rows tell the
-# others best; such widths chosen on half of the published devices served the other half as well.
+# Standard deviations of log(measured / predicted) on devices the law was not fitted to, chosen so that four rows told the
+# others best (eight are few too); such widths chosen on half of the published devices served the other half as well.
 OF_COEFFICIENTS = 2.0  # of the widths in serving.COEFFICIENTS
 # The others in those of a good measurement, serving_fit.NOISE: what varies between runs varies between devices.
 OF_LEVEL = 0.5

@@ -5,7 +5,8 @@ An engine that answers several requests at once by itself, as llama.cpp's and vL
     open_server(folder, runtime, context_tokens, texts) -> Server
 
 beside `open_artefact`, and may say by `one_by_one(model)` which models it cannot answer so. One that does not, or that raises
-`OneByOneOnly` there, is served through `Running.stream`, one request after another.
+`OneByOneOnly` there, is served through `Running.stream`, one request after another. `READS_APART` says that its server reads a prompt
+in a step of its own; without it, tokens of running answers are computed along with the prompt.
 """
 
 from __future__ import annotations

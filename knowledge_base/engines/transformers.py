@@ -159,6 +159,9 @@ def open_artefact(folder: Path, runtime: Mapping[str, Any]) -> Running:
     return _opened(folder, runtime)
 
 
+READS_APART = True  # its server reads a prompt in a step of its own, between two tokens of the answers
+
+
 def open_server(folder: Path, runtime: Mapping[str, Any], context_tokens: int, texts: Texts) -> Server:
     """Load an artefact into a batch that answers join and leave, `batch` of them at once.
 

@@ -196,7 +196,6 @@ class _Taking:
         take longer than a calibration should.
         """
         from cost_models.demand import chains
-        from cost_models.predict import estimate_many
         from search.space import build_space
 
         load = self.programme.workload
@@ -218,12 +217,24 @@ class _Taking:
             wanted = self.programme.formats is None or demand.weight_format in self.programme.formats
             if wanted and not demand.compiled and (key not in found or rank < found[key][0]):
                 bits = 8 * demand.linear_bytes / demand.linear_params
-                told = estimate_many([plan], model, load, self.hardware)
-                tokens = self.programme.protocol.requests * load.output_tokens
-                needs_s = float((told["build_s"].mid + tokens * told["tpot_s"].mid)[0])
-                found[key] = (rank, Format(name=demand.weight_format, bits=bits, steps=plan.steps, needs_s=needs_s))
+                form = Format(
+                    name=demand.weight_format, bits=bits, steps=plan.steps, needs_s=self._needs_s(plan, model)
+                )
+                found[key] = (rank, form)
         unchanged = [form for rank, form in found.values() if rank[0] == 0]
         return unchanged + _by_width([form for rank, form in found.values() if rank[0]])
+
+    def _needs_s(self, plan: Plan, model: Model) -> float:
+        """Return the seconds that a plan is told to need; inf where a rate is missing that tells them."""
+        from cost_models.predict import estimate_many
+
+        load = self.programme.workload
+        try:
+            told = estimate_many([plan], model, load, self.hardware)
+            tokens = self.programme.protocol.requests * load.output_tokens
+            return float((told["build_s"].mid + tokens * told["tpot_s"].mid)[0])
+        except EnvironmentProblem:
+            return math.inf
 
     # ------------------------------------------------------------ one measurement
 

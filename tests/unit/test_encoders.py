@@ -50,3 +50,10 @@ def test_texts_that_arrive_wait(told):
 
 def test_its_roofline_has_no_operator_that_reads_nothing(told):
     assert all(point["flop_per_byte"] < 1e6 for point in told("--roofline")["operators"])
+
+
+@pytest.mark.parametrize("load", [("--requests-per-s", "40"), ("--concurrency", "16")])
+def test_texts_in_batches_are_answered_a_batch_at_a_time(told, load):
+    one, batch = (told(*step, *load)["predicted"]["values"] for step in ((), ("--step", "batch_size:count=8")))
+    assert batch["latency_s"]["mid"] == pytest.approx(batch["ttft_s"]["mid"])
+    assert batch["requests_per_s"]["mid"] >= one["requests_per_s"]["mid"] * (1 - 1e-9)

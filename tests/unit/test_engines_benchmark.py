@@ -161,7 +161,8 @@ def test_the_best_of_the_grid_keep_the_quality_budget() -> None:
     close = bench.best_of(ROWS, Question(batch=8, quality_loss=0.01), count=1)
     assert [p.steps for p in close] == [(Q8,)]
     refused = row("q2", "llama_cpp", Q4, rate=9999) | {"batch 1": {"why": "crashed"}}
-    assert bench.best_of([refused], Question(batch=1)) == []
+    collapsed = row("q2", "llama_cpp", Q4, rate=9999) | {"failure": "quality_collapse: says nothing"}
+    assert bench.best_of([refused, collapsed], Question(batch=1)) == []
 
 
 def test_picks_by_hand_are_found_in_the_grid_by_engine_and_format() -> None:

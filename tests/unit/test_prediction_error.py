@@ -308,6 +308,7 @@ def test_memory_of_a_card_on_which_a_tiny_model_takes_a_gigabyte_is_left_out() -
         ("tinystories-gpt-0.1-3m", "1.3", 0),
         ("tinystories-gpt-0.1-3m", "0.4", 1),
         ("gpt-300m", "1.3", 1),
+        ("gpt-9b-1m", "1.3", 1),
     ):
         kept, left = usable([model, row(**of, model=tiny, value=value)])
         assert len(kept) == expected, tiny

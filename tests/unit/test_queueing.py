@@ -153,6 +153,19 @@ FEW = Work(
 
 # Answers so short that they end before the other prompts are read.
 ONE, TWO, SIX = (replace(LONG, output_tokens=tokens) for tokens in (1, 2, 6))
+# Prompts that cost little more by the dozen; pieces so small that the answers' tokens take longer; a prompt in a step of its own.
+CHEAP = replace(LONG, prompt_s=0.05, full_prompt_s=0.1, prompt_tokens=32)
+STEEP = Work(
+    prompt_s=0.05,
+    full_prompt_s=0.4,
+    step_s=0.02,
+    full_step_s=0.06,
+    slots=8,
+    prompt_tokens=64,
+    output_tokens=64,
+    pieces=4,
+)
+APART = replace(LONG, prompt_s=0.03, full_prompt_s=0.24, step_s=0.02, full_step_s=0.04, apart=1.0)
 
 
 def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0) -> tuple[float, ...]:
@@ -170,7 +183,8 @@ def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0)
             at_s = due[0]
             continue
         step_s = float(work.step_among(len(running))) if running else 0.0
-        at_s += max(work.prompt_s / work.pieces + len(running) * token_s, step_s) if reading else step_s
+        piece_s = work.prompt_s / work.pieces + len(running) * token_s
+        at_s += (work.prompt_s + step_s if work.apart else max(piece_s, step_s)) if reading else step_s
         for request in running:
             request[1] -= 1
         if reading:
@@ -189,7 +203,7 @@ def served_in_slots(work: Work, count: int, rate: float = 0.0, clients: int = 0)
 
 
 @pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("work", [SHORT, LONG, PIECES, FEW, TWO, SIX])
+@pytest.mark.parametrize("work", [SHORT, LONG, PIECES, FEW, ONE, TWO, SIX, CHEAP, STEEP, APART])
 def test_arrivals_meet_in_slots_what_they_meet_in_a_simulation(work: Work, load: float) -> None:
     rate = load * float(slots_of_arrivals(1e-6, work).capacity_per_s)
     found = slots_of_arrivals(rate, work)
@@ -201,7 +215,7 @@ def test_arrivals_meet_in_slots_what_they_meet_in_a_simulation(work: Work, load:
 
 
 @pytest.mark.parametrize("clients", [1, 4, 8, 16])
-@pytest.mark.parametrize("work", [LONG, PIECES, ONE, TWO, SIX])
+@pytest.mark.parametrize("work", [LONG, PIECES, ONE, TWO, SIX, CHEAP, STEEP, APART])
 def test_clients_meet_in_slots_what_they_meet_in_a_simulation(work: Work, clients: int) -> None:
     found = slots_of_clients(clients, work)
     first, first_p95, whole, whole_p95, rate = served_in_slots(work, 800, clients=clients)
@@ -236,3 +250,25 @@ def test_one_slot_is_a_single_server() -> None:
     for load in (0.2, 0.6, 0.9):
         found, exact = slots_of_arrivals(load / service, one), queue_of_batches(load / service, service, service, 1)
         assert found.whole_s == pytest.approx(exact.wait_s + service)
+
+
+@given(
+    load=st.floats(0.01, 0.999), more=st.floats(1.0001, 1.2), prompt=st.floats(1e-3, 3), wide=st.floats(1, 16), slots=st.integers(1, 16),
+    step=st.floats(1e-3, 0.1), steep=st.floats(1, 16), tokens=st.integers(1, 200), output=st.integers(1, 200), pieces=st.integers(1, 8),
+    apart=st.booleans(),
+)  # fmt: skip
+def test_a_fuller_server_answers_no_sooner_and_longer_answers_come_no_sooner(
+    load: float, more: float, prompt: float, wide: float, slots: int, step: float, steep: float, tokens: int, output: int, pieces: int,
+    apart: bool,
+) -> None:  # fmt: skip
+    work = Work(
+        prompt_s=prompt, full_prompt_s=prompt * min(wide, slots), step_s=step, full_step_s=step * min(steep, slots), slots=slots,
+        prompt_tokens=tokens, output_tokens=output, pieces=min(pieces, tokens), apart=float(apart),
+    )  # fmt: skip
+    capacity = float(slots_of_arrivals(1e-9, work).capacity_per_s)
+    here, fuller = (slots_of_arrivals(rate * capacity, work) for rate in (load, min(load * more, 0.9995)))
+    for name in ("first_s", "whole_s"):
+        assert float(getattr(here, name)) <= float(getattr(fuller, name)) * (1 + 1e-6), name
+    assert here.first_s <= here.whole_s <= here.whole_p95_s and here.first_s <= here.first_p95_s
+    longer = slots_of_clients(slots, replace(work, output_tokens=output + 1))
+    assert float(slots_of_clients(slots, work).whole_s) <= float(longer.whole_s) * (1 + 1e-6)
