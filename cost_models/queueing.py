@@ -240,17 +240,19 @@ def slots_of_arrivals(rate: Any, work: Work, *, servers: Any = 1) -> Slots:
     prompt = wide.prompt_among(running)
     read = np.minimum(prompt, 1 / capacity)  # as fast as prompts are read where there is no time for anything else
     prompts = queue_of_batches(np.minimum(each, capacity), read, read, 1)
-    shared = np.where(slots > 1, 1.0, 0.0)  # whether there is another in the slots to wait for
     answered = np.maximum(1 - idle - each * prompt, 0.0)  # share of the time: a step of answers must end first
-    step = shared * wide.step_among(running) * answered
-    first = prompt + shared * prompts.wait_s + step / 2
+    # In one slot there is no other to wait for.
+    ahead, ahead_p95, step = (
+        np.where(slots > 1, x, 0.0) for x in (prompts.wait_s, prompts.wait_p95_s, wide.step_among(running) * answered)
+    )
+    first = prompt + ahead + step / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         tail_s = np.where(waits > 1 - TAIL, np.log((1 - TAIL) / waits) / np.log(ratio) / capacity, 0.0)
     tail_s = tail_s * (1 + wide.variation) / 2
     most = np.argmax(np.cumsum(at, axis=-1) >= TAIL, axis=-1)[..., None] + 1.0  # with the request itself
     most = np.where(waits > 1 - TAIL, slots, np.minimum(most, slots))
     first_s = first + slot_s
-    first_p95 = np.maximum(prompt + np.maximum(shared * prompts.wait_p95_s, tail_s) + TAIL * step, first_s)
+    first_p95 = np.maximum(prompt + np.maximum(ahead_p95, tail_s) + TAIL * step, first_s)
     most_s = wide.answering_s(most)
     whole_s = first_s + answer_s
     # Late first tokens and slow answers come together where requests wait for a slot, else each by chance.
