@@ -31,10 +31,9 @@ DATA = Path(__file__).resolve().parent / "data"
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/ground_truth.csv"
 OPEN_LICENCES = ("Apache-2.0", "Apache-2.0 (benchmark repo)", "MIT", "BSD-3-Clause")
 DISPUTED = 2.0  # between reports of the same configuration; drivers and versions explain less
-TINY, TINY_MILLIONS = (
-    r"(?<![\d.a-z])(\d+(?:\.\d+)?)m\b",
-    30,
-)  # of parameters, in the name of a model that takes next to nothing
+MILLIONS = r"(?<![\d.a-z])(\d+(?:\.\d+)?)m\b"  # of parameters, in the name of a model
+BILLIONS = r"\d+b\b"
+TINY_MILLIONS = 30  # a model of fewer parameters takes next to nothing
 ALL_THAT_RUNS = "memory of all that runs on the device: a model of next to none takes a GB there"
 SHARED_BYTES = 1e9  # beyond an engine and its context: what else runs on the device
 MULTI_NODE = 8  # devices; beyond, the layouts of the rows are not told
@@ -231,8 +230,8 @@ def _shared_devices(rows: Iterable[dict[str, str]]) -> set[tuple[str, str]]:
     return {
         (row["source_url"], row["hardware"])
         for row in rows
-        if METRICS.get(row["metric"]) == "memory" and _is_count(row["value"]) and not re.search(r"\d+b\b", row["model"].lower())
-        and (named := re.search(TINY, row["model"].lower())) and float(named[1]) <= TINY_MILLIONS
+        if METRICS.get(row["metric"]) == "memory" and _is_count(row["value"]) and not re.search(BILLIONS, row["model"].lower())
+        and (named := re.search(MILLIONS, row["model"].lower())) and float(named[1]) <= TINY_MILLIONS
         and _value(row["metric"], float(row["value"] or 0), 1.0, 1.0, 1.0) > SHARED_BYTES
     }  # fmt: skip
 

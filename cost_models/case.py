@@ -41,9 +41,7 @@ class Case:
     calibrated: frozenset[str]  # metrics for which every plan's rates were measured on the device (`Device.reached`)
     decodes: bool = True  # False: an encoder, which reads its text in one pass
     slotted: Any = False  # (plans,) whether requests share the steps of the engine's own server, several at a time
-    apart: Any = (
-        False  # (plans,) whether that server reads prompts in steps of their own, no answer's token along with them
-    )
+    apart: Any = False  # (plans,) whether that server reads prompts in steps of their own, beside no answer
     reused_tokens: Any = 0.0  # (plans,) of a prompt, kept from earlier requests: only under load
 
     @property

@@ -145,6 +145,7 @@ class _Taking:
         self.folders: dict[str, Path] = {}
         self.prompts: dict[str, Path] = {}
         self.spent: dict[str, list[float]] = {}
+        self.tried = False
 
     def go(self, names: Sequence[str], given: ReadResult | None) -> None:
         if given is not None:
@@ -239,7 +240,7 @@ class _Taking:
     # ------------------------------------------------------------ one measurement
 
     def _one(self, task: Task) -> None:
-        began = time.monotonic()
+        began, self.tried = time.monotonic(), True
         try:
             record = self._measure(task)
         except CandidateFailed as error:
@@ -289,8 +290,8 @@ class _Taking:
         )  # fmt: skip
 
     def _time_for(self, size: str) -> bool:
-        if not self.spent:
-            return time.monotonic() < self.stop_at  # one measurement is worth waiting a little for
+        if not self.tried and not self.taken.records:
+            return True  # however slow the machine is: whoever waited this long gets one
         spent = self.spent.get(size)
         return time.monotonic() + (statistics.median(spent) if spent else FIRST_S) <= self.stop_at
 

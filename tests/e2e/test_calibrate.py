@@ -29,12 +29,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(place: Path) -> dict[str, Any]:
-    """What the command printed; a machine busy with other work is given more time until something was measured."""
-    for limit in ("10s", "40s", "120s"):
-        done = leanplan("calibrate", "--engine", "llama_cpp", "--time-limit", limit, "--json", cwd=place)
-        if done.returncode == ExitCode.DONE:
-            return json.loads(done.stdout)
-    raise AssertionError(done.stderr)
+    """What the command printed: something was measured, however busy the machine is."""
+    done = leanplan("calibrate", "--engine", "llama_cpp", "--time-limit", "5s", "--json", cwd=place)
+    assert done.returncode == ExitCode.DONE, done.stderr
+    return json.loads(done.stdout)
 
 
 def estimated(place: Path, engine: str) -> dict[str, Any]:

@@ -20,11 +20,16 @@ from planner.progress import Progress
 from planner.store import Record, Store
 
 
-def planned(tmp_path: Path, **given: Any) -> list[str]:
-    """Return the tasks of a calibration of both engines, in order."""
-    tasks = taking._Taking(
+def begun(tmp_path: Path) -> taking._Taking:
+    """Return a calibration whose time is up."""
+    return taking._Taking(
         PROGRAMME, TOY_MACHINE, Store(tmp_path), None, tmp_path, time.monotonic(), Progress(quiet=True), Taken(), fresh=False
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def planned(tmp_path: Path, **given: Any) -> list[str]:
+    """Return the tasks of a calibration of both engines, in order."""
+    tasks = begun(tmp_path)
     tasks.models = {"small": SMALL, **given}
     return [str(task) for task in tasks._tasks(["llama_cpp", "transformers"])]
 
@@ -40,6 +45,13 @@ def test_the_most_telling_come_first(tmp_path: Path) -> None:
     assert order[4 : 4 + len(large)] == large, "the smaller model's other formats are last"
     engines = [task.partition(" ")[0] for task in large]
     assert engines[:4] == ["llama_cpp", "transformers"] * 2, "engines take turns"
+
+
+def test_when_the_time_is_up_one_is_measured_and_no_second(tmp_path: Path) -> None:
+    late = begun(tmp_path)
+    assert late._time_for("small")
+    late.tried = True
+    assert not late._time_for("small")
 
 
 def test_every_format_of_an_engine_is_measured_and_compiling_is_not(tmp_path: Path) -> None:
