@@ -186,6 +186,8 @@ def allocated(state: dict[str, Any], payload: Mapping[str, Any], progress: Progr
 
 
 def _go_on(state: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from knowledge_base.engines import _torch_artefact
+
     building = state["build"]
     session, payload, seconds = building["session"], building["payload"], building["step_s"]
     plan = restore(Plan, payload["plan"])
@@ -196,6 +198,7 @@ def _go_on(state: dict[str, Any], progress: Progress) -> dict[str, Any]:
             return {"waits_for": number}
         began = time.monotonic()
         progress(step.technique, 0.0)
+        _torch_artefact.lay_out(session.model)
         technique.execute(session, **step.knobs)
         building["done"] = number + 1
         name = step.technique if step.technique not in seconds else f"{step.technique}.{number}"

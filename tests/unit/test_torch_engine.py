@@ -500,6 +500,18 @@ def test_weight_dtype_halves_the_file_and_keeps_rotary_frequencies(tmp_path, pro
     assert len(running.generate(prompts[:2], 4).tokens) == 2
 
 
+def test_float16_matrices_lie_as_the_cpu_multiplies_them_fast(tmp_path, prompts):
+    model = make("gpt2")
+    techniques.get("weight_dtype").execute(session_of(model, tmp_path), dtype="float16")
+    engine.export(session_of(model, tmp_path), tmp_path)
+    running = engine.open_artefact(tmp_path, {})
+    for there, came in zip(running._model.transformer.h, model.transformer.h, strict=True):
+        matrix = there.mlp.c_fc.weight
+        assert torch.equal(matrix, came.mlp.c_fc.weight) and matrix.T.is_contiguous()
+        assert there.ln_1.weight.is_contiguous()
+    assert numpy.isfinite(running.log_probs(prompts[0])).all()
+
+
 def test_weight_dtype_refuses_an_overflow(tmp_path):
     model = make("llama")
     model.model.norm.weight.fill_(1e5)
