@@ -16,6 +16,9 @@ from cost_models.engine_memory import beside_bytes, copies_bytes
 if TYPE_CHECKING:
     from cost_models.case import Case
 
+FEW_ROWS = 8  # in a product, up to which `Rates.few_rows_share` holds
+FEW_ROWS_GROWTH = 0.4  # of the share with more of them: full at about 65
+
 Parts = dict[str, Any]  # name of a part -> seconds or bytes, float or array; they add up to the whole
 
 
@@ -78,6 +81,18 @@ def matrices_s(read_bytes: Any, flop: Any, case: Case) -> Any:
     return np.maximum(read_bytes / case.rates.weights_bytes_per_s, flop / case.rates.flop_per_s)
 
 
+def rows_worth(case: Case, rows: Any) -> Any:
+    """Return (plans,): as how many rows of a prompt the arithmetic of a product of so few rows counts.
+
+        1 + (rows - 1) / s      s: `few_rows_share` up to FEW_ROWS rows, growing to 1 where they fill the kernels made for prompts
+
+    On a CPU each row beyond the first costs about twice what it does in a prompt, so drafts and small batches gain less
+    there than on a GPU.
+    """
+    share = case.rates.few_rows_share * np.maximum(rows / FEW_ROWS, 1.0) ** FEW_ROWS_GROWTH
+    return 1 + (rows - 1) / np.minimum(share, 1.0)
+
+
 def prefill_parts(case: Case) -> Parts:
     """Return the parts of the seconds from the start of a batch's prefill to its first tokens.
 
@@ -108,13 +123,14 @@ def decode_parts(case: Case) -> Parts:
     demand, rates = case.demand, case.rates
     positions = demand.batch * demand.verified_tokens_per_step
     context = mean_context(case)
+    rows = rows_worth(case, positions)
     device = {
         "weights": matrices_s(
             demand.linear_bytes * demand.output_share * expert_share_read(case, positions),
-            demand.linear_flop_per_token * demand.output_share * positions,
+            demand.linear_flop_per_token * demand.output_share * rows,
             case,
         ),
-        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * positions, case),
+        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows, case),
         "KV cache": np.maximum(
             demand.batch * context * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
             positions * context * demand.attention_flop_per_token_pair / rates.flop_per_s,

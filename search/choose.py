@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def choose(
 ) -> list[Pick]:
     """Return up to `count` plans to measure next, best reason first.
 
-    Only plans with a chance count: the optimistic end of every interval within the error budgets. Among them
+    Only plans with a chance count: the optimistic end of every interval within the error budgets, and every step gains
+    something (`gains_nothing`). Among them
     the picks alternate between (1) the plan of the predicted front that adds most volume to what is measured and
     picked, (2) one that tries what nothing measured has, (3) the one that adds most if half of what
     may be better than predicted is. When no plan has a chance, the ones nearest to the budgets are picked: they
@@ -47,12 +49,15 @@ def choose(
             same, served in other ways, would have lost too.
         longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
-    builds = priced.figures["build_s"].mid
+    builds, idle = priced.figures["build_s"].mid, gains_nothing(priced)
     index = np.array(
         [
             i
             for i, p in enumerate(priced.plans)
-            if p not in known and builds[i] <= longest_build_s and not any(same_fate(p, lost) for lost in collapsed)
+            if p not in known
+            and builds[i] <= longest_build_s
+            and not idle[i]
+            and not any(same_fate(p, lost) for lost in collapsed)
         ],
         dtype=int,
     )
@@ -100,6 +105,24 @@ def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
         hopeful = np.arange(len(priced.plans))
     expected = likely[front(priced.costs("mid")[likely])] if len(likely) else likely
     return expected, hopeful[front(_halfway_costs(priced)[hopeful])]
+
+
+def gains_nothing(priced: Priced) -> np.ndarray:
+    """Return (plans,): whether a plan is predicted no better in anything than itself without one or two of its steps.
+
+    A step that only loses makes the loss uncertain besides; that is no hope. Two: what prepares for a step goes with it.
+    """
+    sets = [(plan.engine, frozenset(plan.steps)) for plan in priced.plans]
+    rows = {key: i for i, key in enumerate(sets)}
+    costs, beyond = priced.costs("mid"), np.maximum(priced.violations("mid"), 0.0)
+
+    def idle(i: int) -> bool:
+        engine, steps = sets[i]
+        left_out = (part for count in (1, 2) for part in combinations(steps, count))
+        parts = (rows.get((engine, steps.difference(part))) for part in left_out)
+        return any(j is not None and beyond[j] <= beyond[i] and (costs[j] <= costs[i]).all() for j in parts)
+
+    return np.array([idle(i) for i in range(len(sets))], dtype=bool)
 
 
 def _sober(priced: Priced) -> Priced:
@@ -173,23 +196,25 @@ def _most_novel(candidates: Priced, pool: Sequence[int], seen: Sequence[Plan], t
     """Return the indices of plans that would teach most, best first.
 
     An engine that no plan has that was seen comes before a technique: engines differ by more than techniques do, and what
-    one plan shows of an engine holds for all of its plans, so a small chance is worth a measurement. Then they try one
-    technique that no plan has, or as few as there are: what it does can then be told, and it is built sooner than a heap of
-    them. Of these, those that may add most to what is there. Where nothing new may add anything, the plans of the pool come
-    least like their nearest first.
+    one plan shows of an engine holds for all of its plans, so a small chance is worth a measurement. Of its plans of one
+    step or none the one that is predicted to be worth most shows it: the model as it came is rarely what one wants of it.
+    Then they try one technique that no plan has, or as few as there are: what it does can then be told, and it is built
+    sooner than a heap of them. Of these, those that may add most to what is there. Where nothing new may add anything, the
+    plans of the pool come least like their nearest first.
     """
     known = {part for plan in seen for part in _parts(plan)}
     hopeful = np.flatnonzero(candidates.violations("mid") + candidates.violations("best") <= 0)
-    unseen = hopeful[[candidates.plans[i].engine not in known for i in hopeful]]
     likely, best = candidates.costs("mid"), candidates.costs("best")
-    for among, reach in ((unseen, ENGINE_REACH), (hopeful, HALFWAY)):
-        costs = likely + reach * (best - likely)
-        new = np.array([len(_parts(candidates.plans[i]) - known) for i in among], dtype=int)
-        for number in sorted(set(new[new > 0].tolist())):
-            few = among[new == number]
-            few = few[front(costs[few])]
-            if added_volume(costs[few], there).any():
-                return _by_volume(candidates, few, costs, there)
+    short = [i for i in hopeful if candidates.plans[i].engine not in known and len(candidates.plans[i].steps) <= 1]
+    if short and added_volume((likely + ENGINE_REACH * (best - likely))[short], there).any():
+        return _by_volume(candidates, np.array(short), likely, likely[:0])
+    costs = likely + HALFWAY * (best - likely)
+    new = np.array([len(_parts(candidates.plans[i]) - known) for i in hopeful], dtype=int)
+    for number in sorted(set(new[new > 0].tolist())):
+        few = hopeful[new == number]
+        few = few[front(costs[few])]
+        if added_volume(costs[few], there).any():
+            return _by_volume(candidates, few, costs, there)
     differences = {i: _difference(candidates.plans[i], seen) - 1.3 * len(candidates.plans[i].steps) for i in pool}
     return sorted(pool, key=lambda i: -differences[i])
 

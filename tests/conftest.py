@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # A flag set for whoever runs the tests (.ci/run wants no progress) is not meant for the commands that tests run.
@@ -19,6 +20,9 @@ for _name in [
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers, not as many times more
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+hypothesis.settings.register_profile("here", deadline=None)  # no test is timed: the machines are busy
+hypothesis.settings.load_profile("here")
 
 MEASURED = ("tests/e2e/", "tests/docs/")  # what runs the command line, which measures
 

@@ -19,7 +19,7 @@ def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
     loss = expected_loss(method, knobs, demand.model.params_total, family_of(demand.model.name))
     if loss is None:
         raise LookupError(f"no published loss of quality for {method} with {knobs}")
-    if (left := dict(demand.eased).get(loss.group, 1.0)) < 1:
+    if (left := math.prod(share for what, share in demand.eased if what.partition(":")[0] == loss.group)) < 1:
         loss = replace(loss, mid=left * loss.mid, low=left * loss.low, high=left * loss.high, sd=left * loss.sd)
     shared = sum(2 * loss.sd * before.sd for before in demand.losses if lose_more_together(before, loss))
     return demand.but(
@@ -32,7 +32,8 @@ def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
 def eased(demand: Demand, **left: float) -> Demand:
     """Return the demand with less to lose for later steps: the share of a loss that stays, by group of quality.GROUPS.
 
-    Two steps that ease the same rounding are as good as the better one.
+    Two steps that ease the same are as good as the better one. A name after a colon, `weights:columns`, tells apart what
+    eases the losses of one group by different means: those multiply.
     """
     before = dict(demand.eased)
     return demand.but(eased=tuple(sorted((before | {g: min(s, before.get(g, 1.0)) for g, s in left.items()}).items())))

@@ -129,6 +129,8 @@ def _at(
             rates[field] = bytes_per_s
         if flop_per_s is not None and field.endswith("flop_per_s"):
             rates[field] = flop_per_s
+        if flop_per_s is not None and field == "few_rows_share":
+            rates[field] = 1.0
         if host_s is not None and field in ("kernel_s", "step_s"):
             rates[field] = host_s
     return replace(case, rates=replace(case.rates, **rates))

@@ -49,11 +49,19 @@ def _parameters() -> list[object]:
     return found
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Path:
+    """What is known of this machine, and all that was measured on the pages before: no plan is measured twice."""
+    folder = tmp_path_factory.mktemp("known")
+    return shutil.copytree(machine, folder / ".leanplan")
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder as a fresh checkout is, with what the pages name: each page stands for itself."""
+def place(tmp_path: Path, store: Path) -> Path:
+    """A folder as a fresh checkout is, with what the pages name; only the store is that of all pages."""
     for name in COPIED:
         shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / ".leanplan").symlink_to(store)
     for spec in tmp_path.rglob("*.yaml"):
         spec.write_text(_relaxed(spec.read_text(encoding="utf-8")), encoding="utf-8")
     return tmp_path

@@ -13,7 +13,7 @@ import search
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Budget, Plan, Step
 from planner import spec as specs
-from search.choose import _most_novel, added_volume, choose, promising, same_fate
+from search.choose import _most_novel, added_volume, choose, gains_nothing, promising, same_fate
 from search.pareto import hypervolume
 from search.problem import Problem
 from search.solvers.local import neighbours
@@ -149,10 +149,23 @@ def test_what_lost_all_it_knew_is_not_tried_again_with_other_ways_to_serve_it():
     space = space_of()
     first, second = (space.plan("transformers", steps) for steps in ((bits,), (bits, cache)))
     assert first and second
-    priced = problem_of(space, loss=1.0).price([space.unchanged(), first, second])
+    problem = replace(problem_of(space, loss=1.0), objectives=("kv_memory", "quality_loss"))
+    priced = problem.price([space.unchanged(), first, second])
     known = {space.unchanged(), first}
     assert [pick.plan for pick in choose(priced, 12, known=known)] == [second]
     assert choose(priced, 12, known=known, collapsed=[first]) == []
+
+
+def test_a_step_that_only_loses_is_not_measured_for_its_uncertainty():
+    space = space_of()
+    bits, cache = Step("weight_int4", {"group_size": 64}), Step("kv_cache_quantised", {"bits": 4})
+    plans = [p for s in ((), (bits,), (cache,), (bits, cache)) if (p := space.plan("transformers", s)) is not None]
+    problem = problem_of(space, loss=1.0)  # objectives: size, time per token, quality
+    priced = problem.price(plans)
+    assert gains_nothing(priced).tolist() == [False, False, True, True]
+    assert gains_nothing(priced.take(np.array([0, 3]))).tolist() == [False, False], "of two steps one gains"
+    smaller_cache = replace(problem, objectives=("kv_memory", "quality_loss")).price(plans)
+    assert gains_nothing(smaller_cache).tolist() == [False, True, False, True]
 
 
 def test_hopes_are_halved():
@@ -184,9 +197,9 @@ def test_an_engine_nobody_measured_comes_before_a_technique():
     seen, nothing = [space.unchanged("transformers")], np.empty((0, 3))
     everything = range(len(priced.plans))
     engine = priced.plans[_most_novel(priced, everything, seen, nothing)[0]]
-    assert (engine.engine, engine.steps) == ("llama_cpp", ())
+    assert engine.engine == "llama_cpp" and len(engine.steps) == 1, "a step shows more of it than the model as it came"
     technique = priced.plans[_most_novel(priced, everything, [*seen, engine], nothing)[0]]
-    assert len(technique.steps) == 1
+    assert len({step.technique for step in technique.steps} - {step.technique for step in engine.steps}) == 1
 
 
 def test_no_plan_is_hoped_to_be_better_than_the_model_as_it_came():
