@@ -3,8 +3,9 @@
 The error of a prediction, in log space, is a sum of effects: of the machine (all plans), the model, the engine, the
 engine with its weight format, each technique, and each technique's setting. Before any measurement every effect is 0
 with a standard deviation that is a share of the prediction's own uncertainty, so the interval is the prior's; what a
-step brings with it (the loss of quality, the acceptance of drafts) is that step's effect alone. Each measurement
-sharpens the effects it took part in; plans that share none of them keep wide intervals.
+step brings with it (the loss of quality, the acceptance of drafts) is that step's effect alone, and a step that changes
+nothing of what serving costs has no effect on it. Each measurement sharpens the effects it took part in; plans that share
+none of them keep wide intervals.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ class Features:
         """Return the effects that term learns about."""
         kind = getattr(term, "LEARNS", "machine")
         if kind not in self._kinds:
-            self._kinds[kind] = self._steps("variance") if kind == "quality" else self._common_and_steps()
+            self._kinds[kind] = self._steps("variance") if kind == "quality" else self._common_and_steps(kind)
         return self._kinds[kind]
 
-    def _common_and_steps(self) -> Effects:
+    def _common_and_steps(self, kind: str) -> Effects:
         steps = self._steps("gain")
+        counts = np.ones(len(steps.rows) // 2) if kind == "build" else self._table()[:, 3]
         codes: dict[tuple[Any, ...], int] = {}
         index = np.array([codes.setdefault((n.demand.model.digest, *n.key), len(codes)) for n in self.nodes], dtype=int)
         ids = np.array([_common_numbers(*key) for key in codes], dtype=int).reshape(-1, len(_COMMON_SHARES))
@@ -76,14 +78,18 @@ class Features:
             plans=plans,
             rows=np.concatenate([np.repeat(np.arange(plans), len(_COMMON_SHARES)), steps.rows]),
             ids=np.concatenate([ids[index].ravel(), steps.ids]),
-            shares=np.concatenate([np.tile(_COMMON_SHARES, plans), np.tile(_STEP_SHARES, len(steps.rows) // 2)]),
+            shares=np.concatenate([np.tile(_COMMON_SHARES, plans), np.outer(counts, _STEP_SHARES).ravel()]),
             own=np.concatenate([np.zeros(plans * len(_COMMON_SHARES)), steps.own]),
         )
 
+    def _table(self) -> np.ndarray:
+        """Return (steps of all plans, 4): `Node.steps`."""
+        flat = itertools.chain.from_iterable
+        return np.fromiter(flat(flat(n.steps for n in self.nodes)), dtype=float).reshape(-1, 4)
+
     def _steps(self, weight: str) -> Effects:
         """Return two effects for each step of each plan, its technique's and its setting's."""
-        flat = itertools.chain.from_iterable
-        table = np.fromiter(flat(flat(n.steps for n in self.nodes)), dtype=float).reshape(-1, 3)
+        table = self._table()
         rows = np.repeat(np.arange(len(self.nodes)), [len(n.steps) for n in self.nodes])
         weights = table[:, {"variance": 1, "gain": 2}[weight]]
         whole = np.bincount(rows, weights=weights, minlength=len(self.nodes))[rows]

@@ -114,6 +114,11 @@ def step_read_bytes(demand: Demand) -> float:
 # ---------------------------------------------------------------- thousands of plans
 
 NUMBERS = tuple(name for name, field in Demand.__dataclass_fields__.items() if field.type in ("float", "int"))
+# Of them, what no request costs more by:
+_NOT_SERVED = {"build_flop", "build_bytes", "perplexity_ratio", "perplexity_log_sd"}
+_served = attrgetter(
+    *(name for name in NUMBERS if name not in _NOT_SERVED), "weight_format", "compute_dtype", "compiled"
+)
 MODEL_NUMBERS = (
     "params_total", "params_active", "experts", "experts_active", "state_bytes", "vocab_size", "hidden_size",
     "window_share",
@@ -143,10 +148,10 @@ class Node:
 
     __slots__ = ("_row", "children", "demand", "key", "steps")
 
-    def __init__(self, demand: Demand, steps: tuple[tuple[int, float, float], ...] = ()) -> None:
+    def __init__(self, demand: Demand, steps: tuple[tuple[int, float, float, bool], ...] = ()) -> None:
         self.demand = demand
         # For each step its number in STEPS and what its rewrite added: variance to the log of perplexity, log of
-        # tokens for each decode step.
+        # tokens for each decode step; and whether it changed what serving costs at all.
         self.steps = steps
         self.key = (demand.engine, demand.weight_format, demand.compute_dtype, demand.compiled)
         self.children: dict[int, Node] = {}  # by the step's number
@@ -191,13 +196,15 @@ class Chains:
 
     def _child(self, node: Node, number: int) -> Node:
         step, before = STEPS[number], node.demand
-        after = techniques.get(step.technique).rewrite(before, **step.knobs)
+        technique = techniques.get(step.technique)
+        after = technique.rewrite(before, **step.knobs)
         variance = gain = 0.0
         if after.perplexity_log_sd != before.perplexity_log_sd:
             variance = max(0.0, after.perplexity_log_sd**2 - before.perplexity_log_sd**2)
         if after.tokens_per_step != before.tokens_per_step:
             gain = abs(math.log(after.tokens_per_step / before.tokens_per_step))
-        child = node.children[number] = Node(after, (*node.steps, (number, variance, gain)))
+        served = technique.TECHNIQUE.stage == "serve" or _served(after) != _served(before)
+        child = node.children[number] = Node(after, (*node.steps, (number, variance, gain, served)))
         self._count += 1
         return child
 

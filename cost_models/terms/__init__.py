@@ -1,8 +1,8 @@
 """One file for each cost term; the file name is the metric name.
 
 A term has QUANTITY (its metric), USES (terms whose predictions it reads) and predict(case, used) -> Prediction.
-Optional: SHIFT, where errors are those of log(SHIFT + value), and LEARNS = "quality", where calibration
-corrects what the plan's steps do to the model rather than machine and engine.
+Optional: SHIFT, where errors are those of log(SHIFT + value), and LEARNS, what calibration corrects: "quality", what the
+plan's steps do to the model; "build", making the artefact; else what serving costs on a machine with an engine.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from cost_models.case import Case
 from cost_models.terms._prediction import Prediction
 
 QUANTITY = "build_s"
+LEARNS = "build"  # of every step, whatever it changes of serving
 USES: tuple[str, ...] = ("artefact_bytes",)
 
 DISK_BYTES_PER_S = 0.5e9  # a prior for local SSDs, checksums included

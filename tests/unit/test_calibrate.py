@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from cost_models import calibrate
-from cost_models.calibration import Calibration, softened, unsoftened
+from cost_models.calibration import _NAMES, Calibration, Features, softened, unsoftened
+from cost_models.demand import chains
 from cost_models.error_report import as_text, error_report
 from cost_models.predict import Z, estimate, estimate_many
+from cost_models.terms import terms
 from knowledge_base.serde import plain, restore
 from knowledge_base.types import Figure, Measurement, Plan, Step
 
@@ -231,3 +233,20 @@ def test_prediction_loads_neither_torch_nor_scikit_learn() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_changes_nothing_of_serving_is_not_credited_with_its_speed() -> None:
+    """An importance matrix leaves bytes and speed as they are: what was measured of a plan with it tells of its format."""
+    form, matrix, threads = (
+        Step("weight_gguf", {"type": "q4_k"}),
+        Step("importance_matrix", {}),
+        Step("thread_count", {"count": 1}),
+    )
+    node = chains(TOY_MODEL, TOY_WORKLOAD).node(
+        Plan(model_digest="toy", engine="llama_cpp", steps=(matrix, form, threads))
+    )
+    for metric, there in (("tpot_s", False), ("build_s", True)):
+        effects = Features([node]).of(terms.get(metric))
+        counted = {_NAMES[i] for i, share in zip(effects.ids, effects.shares, strict=True) if share > 0}
+        assert ("technique:importance_matrix" in counted) is there
+        assert {"technique:weight_gguf", "technique:thread_count"} <= counted
