@@ -108,9 +108,10 @@ def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gains_nothing(priced: Priced) -> np.ndarray:
-    """Return (plans,): whether a plan is predicted no better in anything than itself without one or two of its steps.
+    """Return (plans,): whether a plan is predicted no better in anything than itself without one or two of its lossy steps.
 
-    A step that only loses makes the loss uncertain besides; that is no hope. Two: what prepares for a step goes with it.
+    A step that only loses makes the loss uncertain besides; that is no hope. Two: what prepares for a step goes with it. A
+    lossless step that is predicted to do nothing may do something: it has nothing else to be tried for.
     """
     sets = [(plan.engine, frozenset(plan.steps)) for plan in priced.plans]
     rows = {key: i for i, key in enumerate(sets)}
@@ -118,7 +119,8 @@ def gains_nothing(priced: Priced) -> np.ndarray:
 
     def idle(i: int) -> bool:
         engine, steps = sets[i]
-        left_out = (part for count in (1, 2) for part in combinations(steps, count))
+        lossy = [step for step in steps if not techniques.get(step.technique).TECHNIQUE.lossless]
+        left_out = (part for count in (1, 2) for part in combinations(lossy, count))
         parts = (rows.get((engine, steps.difference(part))) for part in left_out)
         return any(j is not None and beyond[j] <= beyond[i] and (costs[j] <= costs[i]).all() for j in parts)
 
