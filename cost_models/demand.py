@@ -115,7 +115,7 @@ def step_read_bytes(demand: Demand) -> float:
 
 NUMBERS = tuple(name for name, field in Demand.__dataclass_fields__.items() if field.type in ("float", "int"))
 # Of them, what no request costs more by:
-_NOT_SERVED = {"build_flop", "build_bytes", "perplexity_ratio", "perplexity_log_sd"}
+_NOT_SERVED = {"zeros_share", "build_flop", "build_bytes", "perplexity_ratio", "perplexity_log_sd"}
 _served = attrgetter(
     *(name for name in NUMBERS if name not in _NOT_SERVED), "weight_format", "compute_dtype", "compiled"
 )

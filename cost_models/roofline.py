@@ -16,8 +16,10 @@ from cost_models.engine_memory import beside_bytes, copies_bytes
 if TYPE_CHECKING:
     from cost_models.case import Case
 
-FEW_ROWS = 8  # in a product, up to which `Rates.few_rows_share` holds
-FEW_ROWS_GROWTH = 0.4  # of the share with more of them: full at about 65
+# Rows in a product, up to which `Rates.few_rows_share` holds, and how the share grows with more of them, full at about 65. Eight
+# were measured; that a line serves to 16 and prompts of 64 tokens have the whole rate is all that is known of the rest.
+FEW_ROWS, FEW_ROWS_GROWTH = 16, 0.6
+FEW_ROWS_LOG_SD = 0.5  # of the share: its quartiles are 0.24 and 0.6
 
 Parts = dict[str, Any]  # name of a part -> seconds or bytes, float or array; they add up to the whole
 
@@ -81,16 +83,36 @@ def matrices_s(read_bytes: Any, flop: Any, case: Case) -> Any:
     return np.maximum(read_bytes / case.rates.weights_bytes_per_s, flop / case.rates.flop_per_s)
 
 
-def rows_worth(case: Case, rows: Any) -> Any:
+def rows_worth(case: Case, rows: Any, *, routed: Any = 1.0) -> Any:
     """Return (plans,): as how many rows of a prompt the arithmetic of a product of so few rows counts.
 
         1 + (rows - 1) / s      s: `few_rows_share` up to FEW_ROWS rows, growing to 1 where they fill the kernels made for prompts
 
-    On a CPU each row beyond the first costs about twice what it does in a prompt, so drafts and small batches gain less
-    there than on a GPU.
+    On a CPU each of the first rows beyond one costs about twice what it does in a prompt, so drafts and small batches gain
+    less there than on a GPU. Where each row is `routed` to that share of the matrices, their products have as many fewer.
     """
-    share = case.rates.few_rows_share * np.maximum(rows / FEW_ROWS, 1.0) ** FEW_ROWS_GROWTH
-    return 1 + (rows - 1) / np.minimum(share, 1.0)
+    each = np.maximum(rows * routed, 1.0)
+    share = case.rates.few_rows_share * np.maximum(each / FEW_ROWS, 1.0) ** FEW_ROWS_GROWTH
+    return rows / each * (1 + (each - 1) / np.minimum(share, 1.0))
+
+
+def few_rows_log_sd(case: Case) -> Any:
+    """Return (plans,): the doubt that `rows_worth` leaves of a decode step's matrices; 0 where they wait for reading."""
+    demand, rates = case.demand, case.rates
+    rows = demand.batch * demand.verified_tokens_per_step
+    flop_s = (
+        demand.linear_flop_per_token
+        * demand.output_share
+        * rows_worth(case, rows, routed=_routed(case))
+        / rates.flop_per_s
+    )
+    read_s = demand.linear_bytes * demand.output_share * expert_share_read(case, rows) / rates.weights_bytes_per_s
+    return np.where((rows > 1) & (rates.few_rows_share < 1) & (flop_s > read_s), FEW_ROWS_LOG_SD, 0.0)
+
+
+def _routed(case: Case) -> Any:
+    experts, active = case.model.experts, case.model.experts_active
+    return np.where(experts > active, active / np.maximum(experts, 1), 1.0)
 
 
 def prefill_parts(case: Case) -> Parts:
@@ -106,7 +128,7 @@ def prefill_parts(case: Case) -> Parts:
     read = demand.linear_bytes * demand.prompt_share * expert_share_read(case, tokens / chunks) * chunks
     device = {
         "weights": matrices_s(read, demand.linear_flop_per_token * demand.prompt_share * tokens, case),
-        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * demand.batch, case),
+        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows_worth(case, demand.batch), case),
         "attention": demand.batch * prompt_pairs(case) * demand.attention_flop_per_token_pair / rates.flop_per_s
         + demand.batch * prompt * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
     }
@@ -123,14 +145,13 @@ def decode_parts(case: Case) -> Parts:
     demand, rates = case.demand, case.rates
     positions = demand.batch * demand.verified_tokens_per_step
     context = mean_context(case)
-    rows = rows_worth(case, positions)
     device = {
         "weights": matrices_s(
             demand.linear_bytes * demand.output_share * expert_share_read(case, positions),
-            demand.linear_flop_per_token * demand.output_share * rows,
+            demand.linear_flop_per_token * demand.output_share * rows_worth(case, positions, routed=_routed(case)),
             case,
         ),
-        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows, case),
+        "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows_worth(case, positions), case),
         "KV cache": np.maximum(
             demand.batch * context * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
             positions * context * demand.attention_flop_per_token_pair / rates.flop_per_s,

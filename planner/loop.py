@@ -244,9 +244,10 @@ class Run:
                 pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
                 everything = problem.price(list(pool))
                 priced, short = self._with_room(everything)
-                collapsed = [p for p, r in self.known.records.items() if r.measurement.collapsed]
+                measured = {p: r.measurement for p, r in self.known.records.items()}
                 picks = choose(
-                    priced, min(effort.batch, left), known=set(self.known.records), collapsed=collapsed,
+                    priced, min(effort.batch, left), known=set(measured),
+                    collapsed=[p for p, m in measured.items() if m.collapsed], failed={p for p, m in measured.items() if m.failure},
                     longest_build_s=BUILD_SHARE * self.spec.search.time_limit_s,
                 )  # fmt: skip
             self.infeasible = infeasible(everything) | short

@@ -16,6 +16,7 @@ from search.problem import Priced
 NEARLY = 0.8  # of the most volume a plan adds
 HALFWAY = 0.5
 ENGINE_REACH = 1.6  # times the way to the optimistic end of an 80 % interval: one chance in fifty to be better yet
+SAME = 1e-9  # of a cost: sums of the same numbers in another order differ by less
 BEYOND_WORST = 0.1  # of the range of each objective, that the point which bounds volumes lies beyond the worst
 
 
@@ -33,12 +34,13 @@ def choose(
     *,
     known: Collection[Plan],
     collapsed: Collection[Plan] = (),
+    failed: Collection[Plan] = (),
     longest_build_s: float = float("inf"),
 ) -> list[Pick]:
     """Return up to `count` plans to measure next, best reason first.
 
-    Only plans with a chance count: the optimistic end of every interval within the error budgets, and every step gains
-    something (`gains_nothing`). Among them
+    Only plans with a chance count: the optimistic end of every interval within the error budgets, and no lossy step is
+    predicted to be for nothing (`gains_nothing`). Among them
     the picks alternate between (1) the plan of the predicted front that adds most volume to what is measured and
     picked, (2) one that tries what nothing measured has, (3) the one that adds most if half of what
     may be better than predicted is. When no plan has a chance, the ones nearest to the budgets are picked: they
@@ -46,21 +48,19 @@ def choose(
 
     Args:
         known: plans measured already; `collapsed`: those of them that lost what the model knew, which others made of the
-            same, served in other ways, would have lost too.
+            same, served in other ways, would have lost too; `failed`: all that have no figures.
         longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
-    builds, idle = priced.figures["build_s"].mid, gains_nothing(priced)
+    builds = priced.figures["build_s"].mid
     index = np.array(
         [
             i
             for i, p in enumerate(priced.plans)
-            if p not in known
-            and builds[i] <= longest_build_s
-            and not idle[i]
-            and not any(same_fate(p, lost) for lost in collapsed)
+            if p not in known and builds[i] <= longest_build_s and not any(same_fate(p, lost) for lost in collapsed)
         ],
         dtype=int,
     )
+    index = index[~np.array(gains_nothing(priced, index.tolist(), failed=failed), dtype=bool)]
     if not len(index) or count <= 0:
         return []
     candidates = _sober(priced.take(index))
@@ -107,24 +107,28 @@ def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
     return expected, hopeful[front(_halfway_costs(priced)[hopeful])]
 
 
-def gains_nothing(priced: Priced) -> np.ndarray:
-    """Return (plans,): whether a plan is predicted no better in anything than itself without one or two of its lossy steps.
+def gains_nothing(priced: Priced, among: Sequence[int], *, failed: Collection[Plan] = ()) -> list[bool]:
+    """Return for each of some plans whether it is predicted no better in anything than itself without one or two lossy steps.
 
     A step that only loses makes the loss uncertain besides; that is no hope. Two: what prepares for a step goes with it. A
-    lossless step that is predicted to do nothing may do something: it has nothing else to be tried for.
+    lossless step that is predicted to do nothing may do something: it has nothing else to be tried for. What failed is no
+    reason against what has more steps.
     """
-    sets = [(plan.engine, frozenset(plan.steps)) for plan in priced.plans]
-    rows = {key: i for i, key in enumerate(sets)}
-    costs, beyond = priced.costs("mid"), np.maximum(priced.violations("mid"), 0.0)
+    rows = {(plan.engine, frozenset(plan.steps)): i for i, plan in enumerate(priced.plans) if plan not in failed}
+    costs = np.column_stack([priced.costs("mid"), np.maximum(priced.violations("mid"), 0.0)])
+    reached = costs + SAME * np.abs(costs)
+    lossy = {
+        name: not techniques.get(name).TECHNIQUE.lossless
+        for name in {step.technique for i in among for step in priced.plans[i].steps}
+    }
 
-    def idle(i: int) -> bool:
-        engine, steps = sets[i]
-        lossy = [step for step in steps if not techniques.get(step.technique).TECHNIQUE.lossless]
-        left_out = (part for count in (1, 2) for part in combinations(lossy, count))
-        parts = (rows.get((engine, steps.difference(part))) for part in left_out)
-        return any(j is not None and beyond[j] <= beyond[i] and (costs[j] <= costs[i]).all() for j in parts)
+    def idle(plan: Plan, i: int) -> bool:
+        steps = frozenset(plan.steps)
+        left_out = (part for n in (1, 2) for part in combinations([s for s in plan.steps if lossy[s.technique]], n))
+        parts = (rows.get((plan.engine, steps.difference(part))) for part in left_out)
+        return any(j is not None and np.isfinite(costs[j]).all() and (costs[j] <= reached[i]).all() for j in parts)
 
-    return np.array([idle(i) for i in range(len(sets))], dtype=bool)
+    return [idle(priced.plans[i], i) for i in among]
 
 
 def _sober(priced: Priced) -> Priced:
@@ -208,8 +212,9 @@ def _most_novel(candidates: Priced, pool: Sequence[int], seen: Sequence[Plan], t
     hopeful = np.flatnonzero(candidates.violations("mid") + candidates.violations("best") <= 0)
     likely, best = candidates.costs("mid"), candidates.costs("best")
     short = [i for i in hopeful if candidates.plans[i].engine not in known and len(candidates.plans[i].steps) <= 1]
-    if short and added_volume((likely + ENGINE_REACH * (best - likely))[short], there).any():
-        return _by_volume(candidates, np.array(short), likely, likely[:0])
+    hoped = added_volume((likely + ENGINE_REACH * (best - likely))[short], there)
+    if hoped.any():
+        return _by_volume(candidates, np.array(short)[hoped > 0], likely, likely[:0])
     costs = likely + HALFWAY * (best - likely)
     new = np.array([len(_parts(candidates.plans[i]) - known) for i in hopeful], dtype=int)
     for number in sorted(set(new[new > 0].tolist())):

@@ -8,7 +8,7 @@ import numpy as np
 
 from cost_models import offloading
 from cost_models.case import Case
-from cost_models.roofline import decode_parts
+from cost_models.roofline import decode_parts, few_rows_log_sd
 from cost_models.terms._prediction import Prediction, total
 
 QUANTITY = "tpot_s"
@@ -24,7 +24,7 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     kept = case.demand.tokens_per_step
     parts = {name: part / kept for name, part in decode_parts(case).items()}
     doubts = {"engine overhead": case.rates.overhead_log_sd, "KV cache": 0.5, offloading.PART: 0.0}
-    step = total(parts, doubts, case.rates.weights_log_sd)
+    step = total(parts, doubts, np.hypot(case.rates.weights_log_sd, few_rows_log_sd(case)))
     acceptance = ACCEPTANCE_LOG_SD * np.log(np.maximum(kept, 1.0))
     machine = np.hypot(MACHINE_LOG_SD, offloading.log_sd(case, kept * step.mid))
     return Prediction(

@@ -79,6 +79,9 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    for module in model.modules():
+        if isinstance(module, Conv1D):  # as it lies in a file, one by one: else all would be copied at once
+            module.weight.data = module.weight.data.contiguous()
     state = model.state_dict()
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     tied = {

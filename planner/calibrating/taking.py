@@ -290,8 +290,8 @@ class _Taking:
         )  # fmt: skip
 
     def _time_for(self, size: str) -> bool:
-        if not self.tried and not self.taken.records:
-            return True  # however slow the machine is: whoever waited this long gets one
+        if not self.taken.records and (not self.tried or time.monotonic() < self.stop_at):
+            return True  # one at least, however slow the machine is: whoever waited this long gets it
         spent = self.spent.get(size)
         return time.monotonic() + (statistics.median(spent) if spent else FIRST_S) <= self.stop_at
 

@@ -11,7 +11,10 @@ HELP = "measure in a minute what each engine reaches here, so that every later p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--time-limit", default="60 s", metavar="TIME", help='wall time of it all, e.g. "30 s" (default 60 s)'
+        "--time-limit",
+        default="60 s",
+        metavar="TIME",
+        help='wall time of it all, e.g. "30 s" (default 60 s); one plan is measured however little it is',
     )
     parser.add_argument(
         "--engine", action="append", default=[], metavar="NAME",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from cost_models.case import CACHE_GAIN, _cache_gain, case_of
 from cost_models.demand import Node, demand_of
 from cost_models.error_report import spearman
 from cost_models.predict import estimate_many
-from cost_models.roofline import causal_pairs, memory_parts, power_w
+from cost_models.roofline import causal_pairs, memory_parts, power_w, rows_worth
 from knowledge_base.types import Plan
 
 PLAN = Plan(model_digest="toy", engine="transformers")
@@ -79,3 +80,14 @@ def test_a_cache_only_helps_and_helps_small_models_most(first: float, second: fl
     small, large = _cache_gain(np.array(sorted((first, second))), machine)
     assert 1.0 <= large <= small <= CACHE_GAIN * (1 + 1e-12)
     assert np.all(_cache_gain(np.array([1e3, 1e12]), TOY_MACHINE.device) == 1.0)
+
+
+@given(rows=st.floats(1, 5000), more=st.floats(0, 5000), share=st.floats(0.05, 1.0), routed=st.floats(0.01, 1.0))
+def test_few_rows_cost_no_less_than_they_are_and_more_of_them_no_less(
+    rows: float, more: float, share: float, routed: float
+) -> None:
+    case = SimpleNamespace(rates=SimpleNamespace(few_rows_share=share))
+    fewer, further = (float(rows_worth(case, n, routed=routed)) for n in (rows, rows + more))
+    assert rows * (1 - 1e-12) <= fewer <= further * (1 + 1e-12)
+    assert float(rows_worth(case, 1.0, routed=routed)) == 1.0
+    assert np.isclose(float(rows_worth(SimpleNamespace(rates=SimpleNamespace(few_rows_share=1.0)), rows)), rows)

@@ -109,7 +109,7 @@ def test_errors_and_intervals_shrink_and_stay_honest() -> None:
             calibration = fit(values, order[:n]) if n else None
             figures = estimate_many(PLANS, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, calibration)["tpot_s"]
             unseen = order[n:]
-            errors.setdefault(n, []).append(float(np.median(np.abs(figures.mid / values - 1)[unseen])))
+            errors.setdefault(n, []).append(float(np.median(np.abs(np.log(figures.mid / values))[unseen])))
             widths.setdefault(n, []).append(float(np.median(np.log(figures.high / figures.low)[unseen])))
             inside = (figures.low <= values) & (values <= figures.high)
             covered.setdefault(n, []).extend(inside[unseen].tolist())

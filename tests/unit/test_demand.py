@@ -98,6 +98,24 @@ def test_memo_gives_what_the_rewrites_give() -> None:
     assert again is memo.node(Plan(model_digest="toy", engine="transformers", steps=steps))
 
 
+def test_what_eases_by_other_means_adds_and_in_any_order() -> None:
+    scales, matrix, form = (
+        Step("scale_awq", {"bits": 3}),
+        Step("importance_matrix", {}),
+        Step("weight_gguf", {"type": "q3_k"}),
+    )
+    scales_too = Step("rotate", {"ends": "folded"})
+    unchanged = demand_of(TOY_MODEL, TOY_WORKLOAD, "llama_cpp")
+
+    def loss(*steps: Step) -> float:
+        return apply_steps(unchanged, (*steps, form)).perplexity_ratio - 1
+
+    both = loss(scales, matrix)
+    assert both == loss(matrix, scales)
+    assert both < min(loss(scales), loss(matrix)) and max(loss(scales), loss(matrix)) < loss()
+    assert loss(scales, scales_too) == min(loss(scales), loss(scales_too)), "both fold: the better one counts"
+
+
 def test_unknown_technique_is_named() -> None:
     with pytest.raises(BadInput, match="unknown technique `drop_layer`"):
         apply_steps(demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers"), [Step("drop_layer", {})])

@@ -563,7 +563,7 @@ def parts_of_step(demand, model) -> dict[str, float]:
 
     rates = SimpleNamespace(
         weights_bytes_per_s=1e10, flop_per_s=1e15, kv_bytes_per_s=1e10, bytes_per_s=1e10, kernel_s=0.0, step_s=0.0,
-        asynchronous=0.0,
+        asynchronous=0.0, few_rows_share=1.0,
     )  # fmt: skip
     facts = SimpleNamespace(
         **{name: getattr(model, name) for name in ("experts", "experts_active", "params_total", "params_active", "state_bytes")},

@@ -162,10 +162,11 @@ def test_a_step_that_only_loses_is_not_measured_for_its_uncertainty():
     plans = [p for s in ((), (bits,), (cache,), (bits, cache)) if (p := space.plan("transformers", s)) is not None]
     problem = problem_of(space, loss=1.0)  # objectives: size, time per token, quality
     priced = problem.price(plans)
-    assert gains_nothing(priced).tolist() == [False, False, True, True]
-    assert gains_nothing(priced.take(np.array([0, 3]))).tolist() == [False, False], "of two steps one gains"
+    assert gains_nothing(priced, range(4)) == [False, False, True, True]
+    assert gains_nothing(priced.take(np.array([0, 3])), range(2)) == [False, False], "of two steps one gains"
+    assert gains_nothing(priced, [3], failed={plans[1]}) == [False], "what failed is no reason against more steps"
     smaller_cache = replace(problem, objectives=("kv_memory", "quality_loss")).price(plans)
-    assert gains_nothing(smaller_cache).tolist() == [False, True, False, True]
+    assert gains_nothing(smaller_cache, range(4)) == [False, True, False, True]
 
 
 def test_hopes_are_halved():
