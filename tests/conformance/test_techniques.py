@@ -70,7 +70,8 @@ def before(name: str) -> tuple[Step, ...]:
     for other in NAMES:
         steps = [settings(other)[0], step]
         if other != name and not rules.missing(steps) and not rules.conflict(steps):
-            return tuple(s for s in rules.order(steps) if s != step)
+            ordered = rules.order(steps)
+            return tuple(ordered[: ordered.index(step)])  # what it requires may come after it
     raise AssertionError(f"nothing satisfies: {rules.missing([step])}")
 
 
