@@ -60,7 +60,9 @@ def choose(
         ],
         dtype=int,
     )
-    index = index[~np.array(gains_nothing(priced, index.tolist(), failed=failed), dtype=bool)]
+    useful = index[~np.array(gains_nothing(priced, index.tolist(), failed=failed), dtype=bool)]
+    if any(priced.plans[i].steps for i in useful) or any(plan.steps for plan in known):
+        index = useful  # else nothing that may be tried promises anything: who asks for it wants to see it
     if not len(index) or count <= 0:
         return []
     candidates = _sober(priced.take(index))

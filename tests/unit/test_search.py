@@ -165,6 +165,8 @@ def test_a_step_that_only_loses_is_not_measured_for_its_uncertainty():
     assert gains_nothing(priced, range(4)) == [False, False, True, True]
     assert gains_nothing(priced.take(np.array([0, 3])), range(2)) == [False, False], "of two steps one gains"
     assert gains_nothing(priced, [3], failed={plans[1]}) == [False], "what failed is no reason against more steps"
+    first, *_ = choose(problem.price([plans[0], plans[2]]), 1, known={plans[0]})
+    assert first.plan == plans[2], "where nothing else may be tried it is"
     smaller_cache = replace(problem, objectives=("kv_memory", "quality_loss")).price(plans)
     assert gains_nothing(smaller_cache, range(4)) == [False, True, False, True]
 
