@@ -203,7 +203,11 @@ class Chains:
             variance = max(0.0, after.perplexity_log_sd**2 - before.perplexity_log_sd**2)
         if after.tokens_per_step != before.tokens_per_step:
             gain = abs(math.log(after.tokens_per_step / before.tokens_per_step))
-        served = technique.TECHNIQUE.stage == "serve" or _served(after) != _served(before)
+        served = (
+            technique.TECHNIQUE.stage == "serve"
+            or after.linear_bytes != before.linear_bytes  # most say so here, and it is quick
+            or _served(after) != _served(before)
+        )
         child = node.children[number] = Node(after, (*node.steps, (number, variance, gain, served)))
         self._count += 1
         return child

@@ -30,7 +30,7 @@ RUN = synthetic_answers.answer().run_id
 CASES: dict[str, tuple[str, ...]] = {
     "advise": ("advise shape --on h100-sxm",),
     "build": ("build plan.json -o built",),
-    "calibrate": ("calibrate --time-limit 15s --engine llama_cpp", "calibrate --forget"),
+    "calibrate": ("calibrate --time-limit 5s --engine llama_cpp", "calibrate --forget"),
     "check": ("check --predict",),
     "clean": ("clean", "clean runs store --keep 0"),
     "compare": ("compare baseline recommended", "compare leanplan.lock recommended"),
