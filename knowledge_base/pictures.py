@@ -21,7 +21,7 @@ from knowledge_base.field.entries import RESOURCES
 if TYPE_CHECKING:
     import networkx
 
-MOST = 40  # boxes beside the one in the middle
+MOST = 44  # boxes beside the one in the middle
 WIDTH, SIDE, MIDDLE, EDGE = 900, 330, 140, 1  # of the picture, a box at the side, the one in the middle, the rim
 ROW, BOX, TITLE, GAP = 26, 22, 24, 10  # heights: a box with its space, a box, a group's title, space between groups
 LETTER = 7.2  # widest usual letter at 13 units
@@ -86,7 +86,7 @@ def _of_resource(graph: networkx.MultiDiGraph, node: str) -> Picture:
     )
     topics = Counter(m.topic for m in savers)
     shown: dict[str, list[Box]] = {}
-    for method in best[: MOST - 14]:
+    for method in best[: MOST - 18]:
         strength = known.effects(method.id).get(resource, "direct")
         tip = f"{method.name}: {method.summary} saves {resource} [{method.saves[resource]}]"
         box = Box(text=method.name, tip=tip, line=strength, mark=bool(known.implementing(method.id)))
