@@ -69,7 +69,8 @@ class Features:
 
     def _common_and_steps(self, kind: str) -> Effects:
         steps = self._steps("gain")
-        counts = np.ones(len(steps.rows) // 2) if kind == "build" else self._table()[:, 3]
+        flags = itertools.chain.from_iterable(n.served for n in self.nodes)
+        counts = np.ones(len(steps.rows) // 2) if kind == "build" else np.fromiter(flags, dtype=float)
         codes: dict[tuple[Any, ...], int] = {}
         index = np.array([codes.setdefault((n.demand.model.digest, *n.key), len(codes)) for n in self.nodes], dtype=int)
         ids = np.array([_common_numbers(*key) for key in codes], dtype=int).reshape(-1, len(_COMMON_SHARES))
@@ -82,14 +83,10 @@ class Features:
             own=np.concatenate([np.zeros(plans * len(_COMMON_SHARES)), steps.own]),
         )
 
-    def _table(self) -> np.ndarray:
-        """Return (steps of all plans, 4): `Node.steps`."""
-        flat = itertools.chain.from_iterable
-        return np.fromiter(flat(flat(n.steps for n in self.nodes)), dtype=float).reshape(-1, 4)
-
     def _steps(self, weight: str) -> Effects:
         """Return two effects for each step of each plan, its technique's and its setting's."""
-        table = self._table()
+        flat = itertools.chain.from_iterable
+        table = np.fromiter(flat(flat(n.steps for n in self.nodes)), dtype=float).reshape(-1, 3)
         rows = np.repeat(np.arange(len(self.nodes)), [len(n.steps) for n in self.nodes])
         weights = table[:, {"variance": 1, "gain": 2}[weight]]
         whole = np.bincount(rows, weights=weights, minlength=len(self.nodes))[rows]

@@ -146,16 +146,29 @@ def _number(step: Step) -> int:
 class Node:
     """One prefix of steps with its demand; children are longer prefixes, so shared prefixes are rewritten once."""
 
-    __slots__ = ("_row", "children", "demand", "key", "steps")
+    __slots__ = ("_row", "_served", "children", "demand", "key", "parent", "steps")
 
-    def __init__(self, demand: Demand, steps: tuple[tuple[int, float, float, bool], ...] = ()) -> None:
+    def __init__(
+        self, demand: Demand, steps: tuple[tuple[int, float, float], ...] = (), parent: Node | None = None
+    ) -> None:
         self.demand = demand
         # For each step its number in STEPS and what its rewrite added: variance to the log of perplexity, log of
-        # tokens for each decode step; and whether it changed what serving costs at all.
+        # tokens for each decode step.
         self.steps = steps
+        self.parent = parent
+        self._served: tuple[bool, ...] | None = None if parent else ()
         self.key = (demand.engine, demand.weight_format, demand.compute_dtype, demand.compiled)
         self.children: dict[int, Node] = {}  # by the step's number
         self._row: tuple[float, ...] | None = None
+
+    @property
+    def served(self) -> tuple[bool, ...]:
+        """Whether each step changed anything of what serving costs; one that acts as it serves always may."""
+        if self._served is None:
+            assert self.parent is not None
+            serves = techniques.get(STEPS[self.steps[-1][0]].technique).TECHNIQUE.stage == "serve"
+            self._served = (*self.parent.served, serves or _served(self.demand) != _served(self.parent.demand))
+        return self._served
 
     @property
     def row(self) -> tuple[float, ...]:
@@ -196,19 +209,13 @@ class Chains:
 
     def _child(self, node: Node, number: int) -> Node:
         step, before = STEPS[number], node.demand
-        technique = techniques.get(step.technique)
-        after = technique.rewrite(before, **step.knobs)
+        after = techniques.get(step.technique).rewrite(before, **step.knobs)
         variance = gain = 0.0
         if after.perplexity_log_sd != before.perplexity_log_sd:
             variance = max(0.0, after.perplexity_log_sd**2 - before.perplexity_log_sd**2)
         if after.tokens_per_step != before.tokens_per_step:
             gain = abs(math.log(after.tokens_per_step / before.tokens_per_step))
-        served = (
-            technique.TECHNIQUE.stage == "serve"
-            or after.linear_bytes != before.linear_bytes  # most say so here, and it is quick
-            or _served(after) != _served(before)
-        )
-        child = node.children[number] = Node(after, (*node.steps, (number, variance, gain, served)))
+        child = node.children[number] = Node(after, (*node.steps, (number, variance, gain)), node)
         self._count += 1
         return child
 
