@@ -4,12 +4,14 @@
     python benchmarks/allocation.py --again    # measures anew what is kept
 
 Rows that are kept are not measured again, nor are sensitivities (.leanplan/allocation-benchmark), so it goes on where it was
-stopped. In three parts:
+stopped. In four parts:
 
     bytes   what the layers' matrices take, and the perplexity on held-out text over the unchanged model's; a uniform row and
             the allocated ones below it are of one size. `nearest`: matrices rounded to nearest; `compensated`: as GPTQ does.
             `everything` may also choose half of the weights in 4 bits, two thin factors in 8, or to remove a layer's part.
             Sensitivities are the KL divergence, else the change of the next token's loss or of the matrix's outputs
+    gguf    the same of a GGUF file's block types, tables included: one type for the layers and at least 6 bits for the tables,
+            and what weight_gguf_mixed allocates of as many bytes; with `importance` errors are weighted by what enters columns
     speed   a decode step asked to be so many times as fast, as it was told and as it came to be, beside the unchanged model
     solver  the program at the size of a 70B model
 """
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from knowledge_base.errors import NoFeasiblePlan
 from knowledge_base.registry import techniques
-from knowledge_base.techniques._choices import BITS, EVERYTHING, Option, made, parse, ties
+from knowledge_base.techniques._choices import BITS, EVERYTHING, Option, PackedWays, made, parse, ties
 from knowledge_base.types import Session
 from search.allocation import LOSS, Options, allocate
 
@@ -50,7 +52,8 @@ MEASURED_TOKENS = 512  # of calibration text that sensitivities are measured on
 MEASURING_S = 3600.0  # more than it takes: every option of each matrix is measured
 SPEEDS = (1.25, 1.5, 2.0, 3.0)
 SOLVER = "solver: 80 layers of 7 matrices of 20 options"
-PARTS = ("facts", SOLVER, "bytes", "speed")
+BLOCKS = ("q2_k", "iq3_s", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k")
+PARTS = ("facts", SOLVER, "bytes", "gguf", "speed")
 
 
 def session() -> Session:
@@ -121,7 +124,8 @@ def sensitivities(options: Sequence[Option], *, compensated: bool) -> Options:
     from knowledge_base.techniques import _sensitivity
 
     _sensitivity.TOKENS_MAX = MEASURED_TOKENS
-    return _sensitivity.measure_sensitivities(session(), options, GROUP_SIZE, MEASURING_S, compensated=compensated)
+    ways = PackedWays(tuple(options), GROUP_SIZE, compensated)
+    return _sensitivity.measure_sensitivities(session(), ways, MEASURING_S)
 
 
 def by(options: Options, figure: str) -> Options:
@@ -189,6 +193,66 @@ def bytes_part(results: Results) -> None:
         allocated("allocated, by the outputs", average, by(known, "output_error"), "compensated")
     for average in averages[:-1]:
         allocated("allocated from everything", average, everything, "compensated")
+
+
+# ---------------------------------------------------------------- block types
+
+
+def in_blocks(chosen: Mapping[str, str], *, weighed: bool) -> float:
+    """Return the held-out loss of the model with its matrices and tables as a GGUF file gives them back."""
+    from knowledge_base.techniques._blocks import Moments, each_layer, matrix_of
+    from knowledge_base.techniques._gguf_choices import BlockType, BlockWays
+
+    fresh = session()
+    seen: dict[int, Moments] = {}
+    each_layer(
+        fresh, lambda _, layer, found: seen.update((id(m.module), m.inputs) for m in found), full=False, same=True
+    )
+    ways = BlockWays(tuple(set(chosen.values())), weighed)
+    for name, type in chosen.items():
+        module = fresh.model.get_submodule(name)
+        matrix_of(module).copy_(ways.weights(module, BlockType(type), seen.get(id(module))))
+    return loss_of(fresh.model)
+
+
+def gguf_part(results: Results) -> None:
+    """Fill the table of block types."""
+    from knowledge_base.techniques import _sensitivity
+    from knowledge_base.techniques._gguf_choices import BlockWays
+    from knowledge_base.techniques.weight_gguf_mixed import TYPES
+
+    _sensitivity.TOKENS_MAX = MEASURED_TOKENS
+    for weighed in (False, True):
+        ways = BlockWays(tuple(dict.fromkeys(type for types in TYPES.values() for type in types)), weighed)
+        measure = functools.partial(_sensitivity.measure_sensitivities, ways=ways, time_limit_s=MEASURING_S)
+        name = f"block types{', importance' * weighed}"
+        parts = results.measured(name, lambda: measure(session()))  # noqa: B023  # called at once
+        for type in BLOCKS:
+            block_rows(results, parts, type, weighed=weighed)
+
+
+def block_rows(results: Results, parts: Options, type: str, *, weighed: bool) -> None:
+    """Fill the rows of one size: that of a file with one type for all layers."""
+    from knowledge_base.techniques.weight_gguf import table_type
+    from knowledge_base.techniques.weight_gguf_mixed import TYPES
+
+    unchanged = results.fact("unchanged loss, nats", lambda: round(loss_of(session().model), 5))
+    uniform = {name: type if ".layers." in name else table_type(type) for name in parts}
+    size = sum(parts[name][stored]["bytes"] for name, stored in uniform.items())
+    weights = sum(choices[type]["params"] for choices in parts.values())
+
+    def row(setting: str, chosen: Mapping[str, str]) -> None:
+        def make() -> dict[str, Any]:
+            ratio = math.exp(in_blocks(chosen, weighed=weighed) - unchanged)
+            types = dict(sorted(Counter(chosen.values()).items()))
+            return {"bits_per_weight": round(8 * size / weights, 3), "ppl_ratio": round(ratio, 4), "types": types}
+
+        results.row("gguf", {"setting": setting, "importance": weighed, "bytes of": type}, make)
+
+    row("uniform", uniform)
+    for name, types in TYPES.items():
+        options = {matrix: {t: c for t, c in choices.items() if t in types} for matrix, choices in parts.items()}
+        row(f"allocated, {name}", allocate(options, {"bytes": size}).chosen)
 
 
 # ---------------------------------------------------------------- speed
@@ -272,6 +336,7 @@ def main() -> None:
     results = Results(parser.parse_args().again)
     solver_part(results)
     bytes_part(results)
+    gguf_part(results)
     speed_part(results)
 
 

@@ -82,7 +82,7 @@ def strength(method: str, knobs: Knobs) -> dict[str, Any]:
     """
     said = dict(_NAMED.get(method, {})) | dict(knobs)
     if method == "gguf" and said.get("type") in GGUF_BITS:
-        said |= {"bits": GGUF_BITS[said["type"]], "group_size": 32}
+        said = {"bits": GGUF_BITS[said["type"]], "group_size": 32} | said
     if kept := re.fullmatch(r"(\d+):([1-9]\d*)", str(said.get("pattern", ""))):  # N:M keeps N of every M
         said["sparsity"] = 1 - int(kept[1]) / int(kept[2])
     if "compression" in said:

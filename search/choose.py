@@ -47,17 +47,14 @@ def choose(
     show how far off the budgets are.
 
     Args:
-        known: plans measured already; `collapsed`: those of them that lost what the model knew, which others made of the
-            same, served in other ways, would have lost too; `failed`: all that have no figures.
+        known: plans measured already; `collapsed`: those of them that lost what the model knew, as others surely would
+            (`same_fate`) or are predicted to; `failed`: all that have no figures.
         longest_build_s: plans predicted to take longer to build are left for a larger effort.
     """
     builds = priced.figures["build_s"].mid
+    doomed = _doomed(priced, collapsed)
     index = np.array(
-        [
-            i
-            for i, p in enumerate(priced.plans)
-            if p not in known and builds[i] <= longest_build_s and not any(same_fate(p, lost) for lost in collapsed)
-        ],
+        [i for i, p in enumerate(priced.plans) if p not in known and builds[i] <= longest_build_s and not doomed[i]],
         dtype=int,
     )
     useful = index[~np.array(gains_nothing(priced, index.tolist(), failed=failed), dtype=bool)]
@@ -138,6 +135,30 @@ def _sober(priced: Priced) -> Priced:
     loss = priced.figures["quality_loss_ratio"]
     no_gain = replace(loss, low=np.maximum(loss.low, np.minimum(loss.mid, 0.0)))
     return replace(priced, figures={**priced.figures, "quality_loss_ratio": no_gain})
+
+
+def _doomed(priced: Priced, collapsed: Collection[Plan]) -> list[bool]:
+    """Return for each plan whether one that collapsed says that it would lose all that the model knew, too.
+
+    Either it is made of the same, or it is lossy in all the ways that one was and predicted to lose no less: where 2 bits
+    were too few for one format, they are for a format that does worse by its published figures.
+    """
+    loss = priced.figures["quality_loss_ratio"].mid
+    lost = [(_ways_to_lose(priced.plans[i]), loss[i]) for i, plan in enumerate(priced.plans) if plan in collapsed]
+
+    def doomed(plan: Plan, i: int) -> bool:
+        ways = _ways_to_lose(plan) if lost else frozenset()
+        return any(same_fate(plan, other) for other in collapsed) or any(
+            w <= ways and loss[i] >= most for w, most in lost if w
+        )
+
+    return [doomed(plan, i) for i, plan in enumerate(priced.plans)]
+
+
+def _ways_to_lose(plan: Plan) -> frozenset[str]:
+    """Return the families of the plan's lossy steps."""
+    told = (techniques.get(step.technique).TECHNIQUE for step in plan.steps)
+    return frozenset(technique.family for technique in told if not technique.lossless)
 
 
 def same_fate(plan: Plan, collapsed: Plan) -> bool:

@@ -7,8 +7,7 @@ Equal models give equal bytes: the file holds no date and rows are quantised ind
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,12 @@ import gguf
 import numpy
 import torch
 
+from knowledge_base.engines import _gguf_types as types
 from knowledge_base.engines import _llama_abi as abi
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.techniques.weight_gguf import stored_type, table_type
 from knowledge_base.types import Session
 
-_TYPES = {
-    "f32": abi.F32, "f16": abi.F16, "bf16": abi.BF16, "q8_0": abi.Q8_0, "q6_k": abi.Q6_K, "q5_k": abi.Q5_K,
-    "q5_1": abi.Q5_1, "q5_0": abi.Q5_0, "q4_k": abi.Q4_K, "q4_0": abi.Q4_0, "q3_k": abi.Q3_K, "q2_k": abi.Q2_K,
-    "iq4_nl": abi.IQ4_NL, "iq4_xs": abi.IQ4_XS, "iq3_s": abi.IQ3_S,
-}  # fmt: skip
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
@@ -42,9 +37,6 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_TOKENIZERS = {_WORDS % "{1,3}": "llama-bpe", _WORDS % "": "qwen2"}
-
-
-LEAST_IMPORTANCE = 1e-6  # of the largest: a block of columns that calibration never used still has scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +61,8 @@ ARCHITECTURES = {
 def write(session: Session, path: Path) -> None:
     """Write `session`'s model to `path`, in session.storage["gguf_type"] or else the model's own dtype.
 
+    session.storage["gguf_types"] says by module name which matrices are stored in another type.
+
     Notes in the session which matrices took a wider type ("gguf.wider_types") and a context cut to the sliding
     window ("gguf.context_tokens").
 
@@ -87,9 +81,13 @@ def write(session: Session, path: Path) -> None:
     if own is None:
         raise _unsupported(f"weights of {model.get_input_embeddings().weight.dtype}")
     wanted = session.storage.get("gguf_type", own)
-    types = {name: _type_of(name, tensor, wanted) for name, tensor in tensors.items()}
-    wider = {n: t for n, t in types.items() if t not in (wanted, table_type(wanted), "f32")}
-    if wider:
+    stored = {name: _type_of(name, tensor, wanted) for name, tensor in tensors.items()}
+    if chosen := session.storage.get("gguf_types"):
+        names = _names(config, architecture)
+        stored |= {
+            str(names.get_name(f"{module}.weight", try_suffixes=(".weight",))): t for module, t in chosen.items()
+        }
+    elif wider := {n: t for n, t in stored.items() if t not in (wanted, table_type(wanted), "f32")}:
         session.notes["gguf.wider_types"] = wider
 
     writer = gguf.GGUFWriter(path, architecture.name)
@@ -97,11 +95,10 @@ def write(session: Session, path: Path) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _describe(writer, config, architecture, session)
     _add_tokenizer(writer, session, model.get_input_embeddings().weight.shape[0])
-    library = abi.library()
     importance = _importance(session, architecture) if session.storage.get("gguf_importance") else {}
     for name, tensor in tensors.items():
-        shape = _bytes_shape(library, tensor.shape, types[name])
-        kind = gguf.GGMLQuantizationType(_TYPES[types[name]])
+        shape = types.bytes_shape(tensor.shape, stored[name])
+        kind = gguf.GGMLQuantizationType(types.NUMBERS[stored[name]])
         writer.add_tensor_info(name, shape, numpy.dtype(numpy.uint8), int(numpy.prod(shape)), kind)
     try:
         writer.write_header_to_file()
@@ -109,8 +106,7 @@ def write(session: Session, path: Path) -> None:
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(abi.cores()) as pool:
             for done, (name, tensor) in enumerate(tensors.items()):
-                encoded = _encode(library, pool, name, tensor, types[name], importance.get(name))
-                writer.write_tensor_data(encoded)
+                writer.write_tensor_data(_encode(pool, name, tensor, stored[name], importance.get(name)))
                 session.progress("write model.gguf", (done + 1) / len(tensors))
     finally:
         writer.close()
@@ -218,10 +214,9 @@ def _importance(session: Session, architecture: _Architecture) -> dict[str, nump
 
     def take(index: int, layer: Any, matrices: list[Matrix]) -> None:
         for matrix in matrices:
-            means = (matrix.inputs.squares / matrix.inputs.rows).cpu()
-            if (largest := float(means.max())) > 0:  # of equal weights, else, is what none means
+            if (means := types.importance_of(matrix.inputs.squares, matrix.inputs.rows)) is not None:
                 stored = str(names.get_name(f"{full_names[id(matrix.module)]}.weight", try_suffixes=(".weight",)))
-                found[stored] = means.clamp(min=LEAST_IMPORTANCE * largest).numpy()
+                found[stored] = means
 
     each_layer(session, take, full=False, label="importance of columns", same=True)
     return found
@@ -300,17 +295,8 @@ def _type_of(name: str, tensor: torch.Tensor, wanted: str) -> str:
     return stored_type(table_type(wanted) if table else wanted, tensor.shape[-1])
 
 
-def _bytes_shape(library: abi.Library, shape: Sequence[int], type: str) -> tuple[int, ...]:
-    return (*shape[:-1], library.ggml_row_size(_TYPES[type], shape[-1]))
-
-
 def _encode(
-    library: abi.Library,
-    pool: ThreadPoolExecutor,
-    name: str,
-    tensor: torch.Tensor,
-    type: str,
-    importance: numpy.ndarray | None = None,
+    pool: Executor, name: str, tensor: torch.Tensor, type: str, importance: numpy.ndarray | None = None
 ) -> numpy.ndarray:
     """Return the tensor's bytes in `type`, (rows, bytes for each row), quantised by llama.cpp's own code.
 
@@ -326,23 +312,8 @@ def _encode(
         raise CandidateFailed("non_finite", f"`{name}` holds values that {type} cannot", hint="plan another type")
     if type == "f32":
         return values.view(numpy.uint8)
-    rows = values.reshape(-1, values.shape[-1])
-    out = numpy.empty(_bytes_shape(library, rows.shape, type), numpy.uint8)
-    columns = rows.shape[1]
-    weights = None if importance is None else importance.ctypes.data
-
-    def quantise(part: range) -> None:
-        # The addresses are those of this part's first row; the call writes its rows only.
-        library.ggml_quantize_chunk(
-            _TYPES[type], rows[part.start :].ctypes.data, out[part.start :].ctypes.data, 0, len(part), columns, weights
-        )
-
-    list(pool.map(quantise, _parts(len(rows), max(1, 2**18 // columns))))
-    return out.reshape(_bytes_shape(library, tensor.shape, type))
-
-
-def _parts(rows: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, rows)) for start in range(0, rows, size))
+    found = types.encoded(values.reshape(-1, values.shape[-1]), type, importance, pool=pool)
+    return found.reshape(types.bytes_shape(tensor.shape, type))
 
 
 # ---------------------------------------------------------------- tokenizer

@@ -170,6 +170,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     ),
 }  # fmt: skip
+# Block types whose values can be read back, by the name of the C function that does it.
+_DEQUANTISE = {
+    "q8_0": "q8_0", "q6_k": "q6_K", "q5_k": "q5_K", "q5_1": "q5_1", "q5_0": "q5_0", "q4_k": "q4_K", "q4_0": "q4_0",
+    "q3_k": "q3_K", "q2_k": "q2_K", "iq4_nl": "iq4_nl", "iq4_xs": "iq4_xs", "iq3_s": "iq3_s",
+}  # fmt: skip
+_FUNCTIONS |= {f"dequantize_row_{name}": (None, [c_void_p, c_void_p, c_int64]) for name in _DEQUANTISE.values()}
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
@@ -200,6 +206,10 @@ class Library:
         # enum ggml_log_level: 2 information, 3 warning, 4 error; 5 continues the line before (progress dots).
         if text and 2 <= level <= 4:
             self.log.append(text.decode("utf-8", "replace").rstrip())
+
+    def dequantise(self, type: str, blocks: int, values: int, count: int) -> None:
+        """Write `count` float32 values at one address, from the blocks of that type at another."""
+        getattr(self, f"dequantize_row_{_DEQUANTISE[type]}")(blocks, values, count)
 
     def complaint(self) -> str:
         """Return the last error lines of the log, else its last line, as one line."""

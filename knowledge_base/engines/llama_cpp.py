@@ -88,7 +88,7 @@ def export(session: Session, folder: Path) -> None:
         CandidateFailed: "unsupported", a storage choice of another engine or a structure llama.cpp cannot run;
             "non_finite", a weight the chosen type cannot hold.
     """
-    _shared.require_storage("llama_cpp", session.storage, {"gguf_type", "gguf_importance", "draft"})
+    _shared.require_storage("llama_cpp", session.storage, {"gguf_type", "gguf_types", "gguf_importance", "draft"})
     from knowledge_base.engines import _gguf_writer
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +34,11 @@ class Option:
     zeros: float = 0.0  # share of weights that are left out of the artefact
     keep: float = 1.0  # share of parameters, as two factors
 
+    @property
+    def removes(self) -> bool:
+        """Whether the matrix is gone, with all others of its part of the layer."""
+        return self.bits == 0
+
     def __str__(self) -> str:
         zeros, keep = (
             (f" zeros {self.zeros:g}" if self.zeros else ""),
@@ -56,6 +62,46 @@ def parse(text: object) -> Option | None:
 # never (benchmarks/allocation.py, on the shipped model).
 BITS = tuple(Option(bits) for bits in (2, 3, 4, 8))
 EVERYTHING = (*BITS, Option(4, zeros=0.5), Option(8, keep=0.6), Option(8, keep=0.4), Option(0))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWays:
+    """Matrices stored by our own modules; errors of rounding made up for, as a build does it.
+
+    On the shipped model at 3.5 bits for each weight an allocation from figures of matrices whose errors are made up for
+    loses 2.4 % of perplexity, one of matrices rounded to nearest 3.6 %, and all matrices at 3 bits 3.8 %.
+    """
+
+    options: tuple[Option, ...] = BITS
+    group_size: int = 64
+    compensated: bool = False
+    anchor: ClassVar[Option] = Option(4)
+    tables: ClassVar[bool] = False
+    kept: ClassVar[bool] = True
+
+    @property
+    def slow(self) -> tuple[Option, ...]:
+        """Factors, which take the singular values of each matrix."""
+        return tuple(filter(self.needs_products, self.options))
+
+    @property
+    def identity(self) -> list[object]:
+        """What tells these ways from others."""
+        return [[str(option) for option in self.options], self.group_size, self.compensated]
+
+    def sizes(self, module: nn.Module, option: Option) -> dict[str, int] | None:
+        """Return what the matrix then takes, as `sizes`."""
+        return sizes(matrix_of(module).shape, option, self.group_size, _packed.dense_bytes(module))
+
+    def weights(self, module: nn.Module, option: Option, inputs: Moments | None) -> torch.Tensor | None:
+        """Return what the weights (out, in) then are, as `made`."""
+        new = made(module, option, self.group_size, inputs)
+        return None if new is None else weights_of(new)
+
+    @staticmethod
+    def needs_products(option: Option) -> bool:
+        """Return whether an option is of two factors."""
+        return option.keep < 1
 
 
 def part_of(name: str) -> str:

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,27 +20,67 @@ from knowledge_base.errors import CandidateFailed
 from knowledge_base.serde import digest, write_json
 from knowledge_base.techniques import _packed
 from knowledge_base.techniques._blocks import Moments, _Recorder, calibration_rows, decoder_layers, matrix_of
-from knowledge_base.techniques._choices import AS_IT_IS, BITS, Option, made, part_of, sizes, weights_of
+from knowledge_base.techniques._choices import AS_IT_IS, part_of
 from knowledge_base.techniques._experts_module import split_experts
 from knowledge_base.types import Session
 
 # Tokens of calibration text. The difference to the unchanged model is paired, so few are enough.
 TOKENS_MAX = TOKENS_AT_ONCE
 TOKENS_FEW = 512  # fewer only when the cheapest way still takes too long
-ANCHOR = Option(4)  # measured where time allows one option only
 
 EVERY, ONE, LAYER = "every option of each matrix", "one option of each matrix", "one option of each layer"
 Found = dict[str, dict[str, dict[str, float]]]
 
 
-def measure_sensitivities(
-    session: Session,
-    options: Sequence[Option] = BITS,
-    group_size: int = 64,
-    time_limit_s: float = 60.0,
-    *,
-    compensated: bool = False,
-) -> Found:
+class Ways(Protocol):
+    """The ways in which matrices can be stored, that an allocation chooses among.
+
+    An option's text is its name in an allocation; `option.removes` says that the matrix is gone, with its part of the layer.
+    """
+
+    @property
+    def options(self) -> Sequence[Any]:
+        """Every option."""
+
+    @property
+    def anchor(self) -> Any:
+        """The option that is measured where time allows one only."""
+
+    @property
+    def slow(self) -> Sequence[Any]:
+        """The options that are left out where making them takes half of the time."""
+
+    @property
+    def compensated(self) -> bool:
+        """Whether errors are made up for, unless that takes half of the time."""
+
+    @property
+    def tables(self) -> bool:
+        """Whether the tables of the embedding and the output are among the matrices."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether a matrix may stay as it is."""
+
+    @property
+    def identity(self) -> Any:
+        """What tells these ways from others, as JSON."""
+
+    def sizes(self, module: nn.Module, option: Any) -> Mapping[str, int] | None:
+        """Return what the matrix then takes: {"bytes", "memory"}; None: it cannot be stored so."""
+
+    def weights(self, module: nn.Module, option: Any, inputs: Moments | None) -> torch.Tensor | None:
+        """Return what its weights (out, in) then are; None where it cannot be stored so.
+
+        Args:
+            inputs: what entered it; with all products where errors are to be made up for.
+        """
+
+    def needs_products(self, option: Any) -> bool:
+        """Return whether an option is made with all products of what enters, even where no errors are made up for."""
+
+
+def measure_sensitivities(session: Session, ways: Ways, time_limit_s: float = 60.0) -> Found:
     """Return for each matrix and option what it costs: {name: {"4": {"loss_increase", "bytes", "memory", "params", ...}}}.
 
     On calibration text, against the unchanged model:
@@ -49,18 +89,13 @@ def measure_sensitivities(
         next_token_change_nats  change of the mean loss of the next token, which may be below zero; only where measured
         output_error            squared change of the matrix's outputs over their squares
 
-    `bytes` is what storage takes, scales included, `memory` the same once it is loaded. "16" stands for leaving the matrix
-    as it is. Experts stored as 3-D weights become linear modules; else the model is unchanged after.
+    `bytes` is what storage takes, scales included, `memory` the same once it is loaded. AS_IT_IS stands for leaving the
+    matrix so, where that is among the ways. Experts stored as 3-D weights become linear modules; else the model is unchanged after.
 
     One forward pass for each matrix and option, from its layer on. Where those would take longer than `time_limit_s`,
     fewer tokens are read, down to 512; then one option is measured and the others told by how much they change the
     matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer.
     `session.notes` tells what was done. What is done of an interrupted measurement is kept in the workspace.
-
-    Args:
-        compensated: change matrices as a build will that makes up for rounding errors, unless that alone takes half of the
-            time; else they are rounded to nearest. On the shipped model at 3.5 bits for each weight an allocation from
-            such figures loses 2.4 % of perplexity, one from rounding to nearest 3.6 %, and all matrices at 3 bits 3.8 %.
 
     Raises:
         CandidateFailed: no calibration text, or the model's layers are not found.
@@ -69,23 +104,21 @@ def measure_sensitivities(
     split_experts(model)
     tokens = calibration_tokens(session)
     layers = decoder_layers(model)
-    names = {id(layer): name for name, layer in model.named_modules()}
-    modules = _packed.linears(model)
-    by_layer = [{name: m for name, m in modules.items() if name.startswith(names[id(layer)] + ".")} for layer in layers]
+    before = [*range(len(layers)), 0, len(layers)]
+    groups = list(zip(before, matrices(model, tables=ways.tables)))  # each with how many layers come before it
 
     with torch.no_grad():
         trial = Trial(model, layers, tokens)
-        kept = _Kept(session, [[str(o) for o in options], group_size, compensated, trial.fingerprint])
+        kept = _Kept(session, [ways.identity, trial.fingerprint])
         if kept.way is None:
-            kept.way = _way(trial, by_layer, options, group_size, time_limit_s, compensated)
+            kept.way = _way(trial, groups, ways, time_limit_s)
         way = kept.way
         if list(tokens.shape) != way["tokens"]:
             trial = Trial(model, layers, tokens[: way["tokens"][0], : way["tokens"][1]])
-        options = [option for option in options if str(option) not in way["left_out"]]
-        for index, group in enumerate(by_layer):
-            if index not in kept.layers:
-                kept.add(index, _layer(trial, index, group, options, group_size, way["measured"], way["compensated"]))
-            session.progress("sensitivities", (index + 1) / len(layers))
+        for number, (index, group) in enumerate(groups):
+            if number not in kept.layers:
+                kept.add(number, _layer(trial, index, group, ways, way))
+            session.progress("sensitivities", (number + 1) / len(groups))
     session.notes["sensitivities.tokens"] = trial.tokens.numel()
     session.notes["sensitivities.measured"] = way["measured"]
     session.notes["sensitivities.rounded"] = "compensated" if way["compensated"] else "to nearest"
@@ -94,60 +127,82 @@ def measure_sensitivities(
     return kept.all()
 
 
+def matrices(model: Any, *, tables: bool = True) -> list[dict[str, nn.Module]]:
+    """Return the matrices of each layer by name; then the embedding's table, then the output's where it is one of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = _packed.linears(model)
+    found = [
+        {name: module for name, module in modules.items() if name.startswith(names[id(layer)] + ".")}
+        for layer in decoder_layers(model)
+    ]
+    if tables:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        found.append({names[id(embedding)]: embedding})
+        if head is not None and head.weight is not embedding.weight:
+            found.append({names[id(head)]: head})
+    return found
+
+
 def _way(
-    trial: Trial, by_layer: Sequence[Mapping[str, nn.Module]], options: Sequence[Option], group_size: int,
-    time_limit_s: float, compensated: bool,
-) -> dict[str, Any]:  # fmt: skip
+    trial: Trial, groups: Sequence[tuple[int, Mapping[str, nn.Module]]], ways: Ways, time_limit_s: float
+) -> dict[str, Any]:
     """Return how to measure in about so many seconds: the shape of the tokens, what is measured, and what is left out."""
-    tokens, layers = trial.tokens, len(by_layer)
-    weights = [1 - i / layers for i in range(layers)]  # a pass begins at the layer that was changed
-    each = sum(len(group) * weight for group, weight in zip(by_layer, weights))
-    watching = sum(weights)
-    passes = {EVERY: len(options) * each + watching, ONE: each + watching, LAYER: 2 * watching}
+    tokens, layers = trial.tokens, len(trial.layers)
+    weights = [1 - index / layers for index, _ in groups]  # a pass begins at the layer that was changed
+    each = sum(len(group) * weight for (_, group), weight in zip(groups, weights))
+    watching = sum(weights[:layers])
+    passes = {EVERY: len(ways.options) * each + watching, ONE: each + watching, LAYER: 2 * watching}
     share = {how: time_limit_s / (count * trial.forward_s) for how, count in passes.items()}
     few = min(TOKENS_FEW, tokens.numel())
     how = next((h for h in (EVERY, ONE) if share[h] * tokens.numel() >= few), LAYER)
     read = _fewer(tokens, share[how]) if share[how] < 1 else tokens
     # Half of the time may go into making what is measured.
-    whole, thin = ([o for o in options if (o.keep < 1) is less] for less in (False, True))
-    compensated = compensated and _making_s(trial, by_layer, whole, group_size) < time_limit_s / 2
-    if thin and _making_s(trial, by_layer, thin, group_size) < time_limit_s / 2:
-        thin = []
-    left_out = [str(option) for option in thin]
+    slow = list(ways.slow)
+    quick = [option for option in ways.options if option not in slow]
+    compensated = ways.compensated and _making_s(trial, groups, ways, quick) < time_limit_s / 2
+    if slow and _making_s(trial, groups, ways, slow) < time_limit_s / 2:
+        slow = []
+    left_out = [str(option) for option in slow]
     return {"tokens": list(read.shape), "measured": how, "compensated": compensated, "left_out": left_out}
 
 
 def _making_s(
-    trial: Trial, by_layer: Sequence[Mapping[str, nn.Module]], options: Sequence[Option], group_size: int
+    trial: Trial, groups: Sequence[tuple[int, Mapping[str, nn.Module]]], ways: Ways, options: Sequence[Any]
 ) -> float:
-    """Return seconds that making up for the errors of all matrices at all options takes, by one matrix at one of them."""
-    name, module = next(iter(by_layer[0].items()))
-    inputs = trial.watch(0, by_layer[0], full=True)
+    """Return seconds that making all matrices at all of some options takes, by one matrix at one of them."""
+    _, first = groups[0]
+    name, module = next(iter(first.items()))
+    inputs = trial.watch(0, first, full=True)
     began = time.monotonic()
-    made(module, ANCHOR if ANCHOR in options else options[0], group_size, inputs.get(name))
-    weights = sum(matrix_of(module).numel() for group in by_layer for module in group.values())
+    ways.weights(module, ways.anchor if ways.anchor in options else options[0], inputs.get(name))
+    weights = sum(matrix_of(module).numel() for _, group in groups for module in group.values())
     return (time.monotonic() - began) * len(options) * weights / matrix_of(module).numel()
 
 
-def _layer(
-    trial: Trial, index: int, group: Mapping[str, nn.Module], options: Sequence[Option], group_size: int, how: str,
-    compensated: bool,
-) -> Found:  # fmt: skip
-    """Return what each option of each matrix of one layer costs and takes."""
-    inputs = trial.watch(index, group, full=compensated or any(o.keep < 1 for o in options))
+def _layer(trial: Trial, index: int, group: Mapping[str, nn.Module], ways: Ways, way: Mapping[str, Any]) -> Found:
+    """Return what each option of each matrix of one layer, or of a table, costs and takes.
+
+    Args:
+        index: layers that come before.
+        way: as `_way` tells it.
+    """
+    how = way["measured"]
+    options = [option for option in ways.options if str(option) not in way["left_out"]]
+    full = way["compensated"] or any(map(ways.needs_products, options))
+    inputs = trial.watch(index, group, full=full) if index < len(trial.layers) else {}
     found: Found = {}
     for name, module in group.items():
-        matrix, dense = matrix_of(module), _packed.dense_bytes(module)
-        each = {str(o): sizes(matrix.shape, o, group_size, dense) for o in options}
-        each[AS_IT_IS] = {"bytes": dense, "memory": dense}
-        found[name] = {
-            o: {"loss_increase": 0.0, **taken, "params": matrix.numel()} for o, taken in each.items() if taken
-        }
-        found[name][AS_IT_IS] |= {"next_token_change_nats": 0.0, "output_error": 0.0}
-    anchor = ANCHOR if ANCHOR in options else options[-1]
-    plain = inputs if compensated else {name: replace(seen, products=None) for name, seen in inputs.items()}
+        each = {str(o): ways.sizes(module, o) for o in options}
+        if ways.kept:
+            each[AS_IT_IS] = dict.fromkeys(("bytes", "memory"), _packed.dense_bytes(module))
+        params = matrix_of(module).numel()
+        found[name] = {o: {"loss_increase": 0.0, **taken, "params": params} for o, taken in each.items() if taken}
+        if ways.kept:
+            found[name][AS_IT_IS] |= {"next_token_change_nats": 0.0, "output_error": 0.0}
+    anchor = ways.anchor if ways.anchor in options else options[-1]
+    plain = inputs if way["compensated"] else {name: replace(seen, products=None) for name, seen in inputs.items()}
     for option in options:
-        if option.bits == 0:  # parts are removed as one
+        if option.removes:  # parts are removed as one
             parts: dict[str, dict[str, nn.Module]] = {}
             for name, module in group.items():
                 parts.setdefault(part_of(name), {})[name] = module
@@ -159,19 +214,19 @@ def _layer(
         else:
             continue
         for unit in units:
-            _measure(trial, index, unit, option, group_size, inputs if option.keep < 1 else plain, found)
+            _measure(trial, index, unit, option, ways, inputs if ways.needs_products(option) else plain, found)
     if how != EVERY:
-        _tell_others(group, options, anchor, group_size, plain, found)
+        _tell_others(group, options, anchor, ways, plain, found)
     return found
 
 
 def _measure(
-    trial: Trial, index: int, unit: Mapping[str, nn.Module], option: Option, group_size: int,
-    inputs: Mapping[str, Moments], found: Found,
+    trial: Trial, index: int, unit: Mapping[str, nn.Module], option: Any, ways: Ways, inputs: Mapping[str, Moments],
+    found: Found,
 ) -> None:  # fmt: skip
     """Change some matrices of a layer together, write down what it costs, and change them back."""
     changed = {
-        name: made(module, option, group_size, inputs.get(name))
+        name: ways.weights(module, option, inputs.get(name))
         for name, module in unit.items()
         if str(option) in found[name]
     }
@@ -181,7 +236,7 @@ def _measure(
     try:
         for name, new in changed.items():
             assert new is not None
-            matrix_of(unit[name]).copy_(weights_of(new))
+            matrix_of(unit[name]).copy_(new)
         increase, next_token = trial.compare(index)
         # Of matrices changed together, each answers for its share of what their outputs changed; removed ones alike.
         moved = {name: _moved(kept[name], matrix_of(unit[name]), inputs.get(name)) for name in changed}
@@ -197,16 +252,16 @@ def _measure(
 
 
 def _tell_others(
-    group: Mapping[str, nn.Module], options: Sequence[Option], anchor: Option, group_size: int,
-    inputs: Mapping[str, Moments], found: Found,
+    group: Mapping[str, nn.Module], options: Sequence[Any], anchor: Any, ways: Ways, inputs: Mapping[str, Moments],
+    found: Found,
 ) -> None:  # fmt: skip
     """Tell the options that were not measured by how much they change the outputs, against the one that was."""
     for name, module in group.items():
         matrix = matrix_of(module)
         moved = {
-            option: _moved(matrix, weights_of(new), inputs.get(name))
+            option: _moved(matrix, new, inputs.get(name))
             for option in options
-            if option.bits and (new := made(module, option, group_size, inputs.get(name))) is not None
+            if not option.removes and (new := ways.weights(module, option, inputs.get(name))) is not None
         }
         if (known := moved.get(anchor)) is None:  # nothing was measured of this matrix: told by nothing, never changed
             for option in moved:

@@ -132,14 +132,28 @@ def rewrite(demand: Demand, *, type: str) -> Demand:
 
     q4_k: blocks of 256 in 144 bytes, 4.5 bits; q6_k: 210 bytes, 6.5625 bits; q8_0: blocks of 32 in 34 bytes, 8.5.
     """
-    model = demand.model
-    old_bits = 8 * demand.linear_bytes / demand.linear_params
-    bits = bits_per_weight(model, type)
-    tables = BITS[stored_type(table_type(type), model.hidden_size)] / old_bits
     if type == "f16":
         demand = demand.but(perplexity_log_sd=math.hypot(demand.perplexity_log_sd, _F16_LOG_SD))
     else:
-        demand = loss_after(demand, "gguf", type=_PUBLISHED.get(type, type))
+        demand = loss_after(demand, "gguf", type=published(type))
+    bits = bits_per_weight(demand.model, type)
+    demand = written(demand, type, bits, BITS[stored_type(table_type(type), demand.model.hidden_size)])
+    why = f"weights in {type}: {bits:.4g} bits each, embedding and output in {table_type(type)}"
+    return demand.but(because=(*demand.because, why))
+
+
+def published(type: str) -> str:
+    """Return the published mix nearest to one type in every matrix."""
+    return _PUBLISHED.get(type, type)
+
+
+def written(demand: Demand, type: str, bits: float, table_bits: float) -> Demand:
+    """Return the demand of a GGUF file with `bits` for each of the layers' weights, most like those of `type`.
+
+    Vectors are float32, the KV cache is float16.
+    """
+    old_bits = 8 * demand.linear_bytes / demand.linear_params
+    tables = table_bits / old_bits
     read = demand.linear_bytes + demand.embedding_bytes + demand.head_stored_bytes
     return demand.but(
         linear_bytes=demand.linear_params * bits / 8,
@@ -147,15 +161,11 @@ def rewrite(demand: Demand, *, type: str) -> Demand:
         head_stored_bytes=demand.head_stored_bytes * tables,
         head_read_bytes=demand.head_read_bytes * tables,
         other_bytes=demand.other_bytes * BITS["f32"] / old_bits,
-        kv_bytes_per_token=2.0 * model.kv_values_per_token,
+        kv_bytes_per_token=2.0 * demand.model.kv_values_per_token,
         weight_format=type,
         compute_dtype="float16" if type == "f16" else "int8",
         build_flop=demand.build_flop + _BUILD_FLOP[type] * demand.linear_params,
         build_bytes=demand.build_bytes + read,
-        because=(
-            *demand.because,
-            f"weights in {type}: {bits:.4g} bits each, embedding and output in {table_type(type)}",
-        ),
     )
 
 

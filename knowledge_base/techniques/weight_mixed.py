@@ -128,7 +128,7 @@ def options(session: Session, time_limit_s: float, *, choose: str) -> dict[str, 
     from knowledge_base.techniques._sensitivity import measure_sensitivities
 
     can = _choices.EVERYTHING if choose == EVERYTHING else _choices.BITS
-    found = measure_sensitivities(session, can, GROUP_SIZE, time_limit_s, compensated=True)
+    found = measure_sensitivities(session, _choices.PackedWays(can, GROUP_SIZE, compensated=True), time_limit_s)
     weights = {name: matrix_of(session.model.get_submodule(name)) for name in found}
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
     layers = len(decoder_layers(session.model))

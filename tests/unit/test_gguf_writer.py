@@ -222,11 +222,11 @@ def test_refuses_values_float16_cannot_hold_and_other_storage(tmp_path: Path) ->
 
 
 def test_knowledge_and_writer_name_the_same_types_and_architectures() -> None:
-    from knowledge_base.engines import _gguf_writer, _llama_abi
+    from knowledge_base.engines import _gguf_types, _gguf_writer, _llama_abi
 
     assert tuple(_gguf_writer.ARCHITECTURES) == llama_cpp.ARCHITECTURES
     library = _llama_abi.library()
-    for type, number in _gguf_writer._TYPES.items():
+    for type, number in _gguf_types.NUMBERS.items():
         assert library.ggml_type_name(number).decode().lower() == type
         assert 8 * library.ggml_type_size(number) / library.ggml_blck_size(number) == weight_gguf.BITS[type]
         assert library.ggml_blck_size(number) == weight_gguf.BLOCK.get(type, 1)

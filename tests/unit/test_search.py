@@ -13,7 +13,7 @@ import search
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Budget, Plan, Step
 from planner import spec as specs
-from search.choose import _most_novel, added_volume, choose, gains_nothing, promising, same_fate
+from search.choose import _doomed, _most_novel, added_volume, choose, gains_nothing, promising, same_fate
 from search.pareto import hypervolume
 from search.problem import Problem
 from search.solvers.local import neighbours
@@ -154,6 +154,26 @@ def test_what_lost_all_it_knew_is_not_tried_again_with_other_ways_to_serve_it():
     known = {space.unchanged(), first}
     assert [pick.plan for pick in choose(priced, 12, known=known)] == [second]
     assert choose(priced, 12, known=known, collapsed=[first]) == []
+
+
+def test_what_is_predicted_to_lose_more_than_what_lost_all_is_not_tried():
+    space = space_of()
+    steps = (
+        (),
+        (Step("weight_int8"),),
+        (Step("weight_int4", {"group_size": 128}),),
+        (Step("drop_layers", {"count": 1, "by": "influence"}),),
+    )
+    unchanged, eight, four, fewer = plans = [p for s in steps if (p := space.plan("transformers", s)) is not None]
+    priced = replace(problem_of(space, loss=9.0), objectives=("tpot_p50", "artefact_size")).price(plans)
+    loss = priced.figures["quality_loss_ratio"].mid
+    assert 0 < loss[1] < loss[2] < loss[3]
+
+    assert _doomed(priced, [four]) == [False, False, True, False], "fewer layers lose in another way"
+    assert _doomed(priced, [eight]) == [False, True, True, False]
+    assert _doomed(priced, [fewer]) == [False, False, False, True]
+    assert [pick.plan for pick in choose(priced, 1, known={unchanged, eight})] == [four]
+    assert four not in {pick.plan for pick in choose(priced, 12, known={unchanged, eight}, collapsed=[eight])}
 
 
 def test_a_step_that_only_loses_is_not_measured_for_its_uncertainty():

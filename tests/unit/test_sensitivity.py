@@ -11,9 +11,9 @@ from tiny_sessions import calibration, session_of, tiny_folder
 
 from knowledge_base.errors import CandidateFailed, NoFeasiblePlan
 from knowledge_base.registry import engines
-from knowledge_base.techniques import _choices, _packed, _sensitivity, low_rank, weight_mixed
+from knowledge_base.techniques import _packed, _sensitivity, low_rank, weight_mixed
 from knowledge_base.techniques._blocks import Moments
-from knowledge_base.techniques._choices import EVERYTHING, Option, made, parse, part_of, sizes, weights_of
+from knowledge_base.techniques._choices import EVERYTHING, Option, PackedWays, made, parse, part_of, sizes, weights_of
 from knowledge_base.techniques.weight_gptq import compensated_or_nearest
 from search.allocation import allocate
 
@@ -52,7 +52,7 @@ def test_equals_changing_one_matrix_and_running_the_whole_model(architecture, tm
     session = opened(architecture, tmp_path)
     model = session.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = _sensitivity.measure_sensitivities(session, (Option(3), Option(8)), 32, 1e6)
+    found = _sensitivity.measure_sensitivities(session, PackedWays((Option(3), Option(8)), 32), 1e6)
     assert session.notes["sensitivities.measured"] == _sensitivity.EVERY
     assert found.keys() == _packed.linears(model).keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -74,7 +74,7 @@ def test_equals_changing_one_matrix_and_running_the_whole_model(architecture, tm
 
 
 def test_fewer_bits_lose_more_and_take_less(session):
-    found = _sensitivity.measure_sensitivities(session, group_size=32, time_limit_s=1e6)
+    found = _sensitivity.measure_sensitivities(session, PackedWays(group_size=32), 1e6)
     for choices in found.values():
         losses = [choices[bits]["loss_increase"] for bits in ("2", "3", "4", "8", "16")]
         taken = [choices[bits]["bytes"] for bits in ("2", "3", "4", "8", "16")]
@@ -83,14 +83,15 @@ def test_fewer_bits_lose_more_and_take_less(session):
 
 
 def test_what_was_not_measured_is_told_within_a_factor_of_two(session, tmp_path):
-    every = _sensitivity.measure_sensitivities(session, group_size=32, time_limit_s=1e6)
+    every = _sensitivity.measure_sensitivities(session, PackedWays(group_size=32), 1e6)
     layer = [name for name in every if ".layers.0." in name]
     with torch.no_grad():
         trial = _sensitivity.Trial(
             session.model, _sensitivity.decoder_layers(session.model), _sensitivity.calibration_tokens(session)
         )
         group = {name: session.model.get_submodule(name) for name in layer}
-        told = _sensitivity._layer(trial, 0, group, _choices.BITS, 32, _sensitivity.ONE, False)
+        way = {"measured": _sensitivity.ONE, "compensated": False, "left_out": []}
+        told = _sensitivity._layer(trial, 0, group, PackedWays(group_size=32), way)
     for name in layer:
         assert told[name]["4"]["loss_increase"] == pytest.approx(every[name]["4"]["loss_increase"], rel=1e-3)
         for bits in ("3", "8"):
@@ -98,7 +99,7 @@ def test_what_was_not_measured_is_told_within_a_factor_of_two(session, tmp_path)
 
 
 def test_little_time_means_whole_layers_and_says_so(session):
-    found = _sensitivity.measure_sensitivities(session, time_limit_s=1e-6)
+    found = _sensitivity.measure_sensitivities(session, PackedWays(), 1e-6)
     assert session.notes == {
         "sensitivities.tokens": 32, "sensitivities.measured": _sensitivity.LAYER, "sensitivities.rounded": "to nearest"
     }  # fmt: skip
@@ -106,17 +107,17 @@ def test_little_time_means_whole_layers_and_says_so(session):
 
 
 def test_making_up_for_errors_costs_less_and_is_left_out_where_it_takes_too_long(session):
-    plain = _sensitivity.measure_sensitivities(session, group_size=32, time_limit_s=1e6)
-    found = _sensitivity.measure_sensitivities(session, group_size=32, time_limit_s=1e6, compensated=True)
+    plain = _sensitivity.measure_sensitivities(session, PackedWays(group_size=32), 1e6)
+    found = _sensitivity.measure_sensitivities(session, PackedWays(group_size=32, compensated=True), 1e6)
     assert session.notes["sensitivities.rounded"] == "compensated"
     told, before = (sum(choices["3"]["loss_increase"] for choices in way.values()) for way in (found, plain))
     assert told < 0.9 * before
-    _sensitivity.measure_sensitivities(session, group_size=32, time_limit_s=1e-6, compensated=True)
+    _sensitivity.measure_sensitivities(session, PackedWays(group_size=32, compensated=True), 1e-6)
     assert session.notes["sensitivities.rounded"] == "to nearest"
 
 
 def test_an_interrupted_measurement_goes_on_where_it_was(session, monkeypatch):
-    whole = _sensitivity.measure_sensitivities(session, time_limit_s=1e6)
+    whole = _sensitivity.measure_sensitivities(session, PackedWays(), 1e6)
     measured, real = [], _sensitivity._layer
 
     def stops_once(trial, index, *rest):
@@ -128,9 +129,9 @@ def test_an_interrupted_measurement_goes_on_where_it_was(session, monkeypatch):
 
     monkeypatch.setattr(_sensitivity, "_layer", stops_once)
     with pytest.raises(KeyboardInterrupt):
-        _sensitivity.measure_sensitivities(session, time_limit_s=1e6)
+        _sensitivity.measure_sensitivities(session, PackedWays(), 1e6)
     assert [p.name for p in session.workspace.iterdir()]
-    again = _sensitivity.measure_sensitivities(session, time_limit_s=1e6)
+    again = _sensitivity.measure_sensitivities(session, PackedWays(), 1e6)
     assert measured[:4] == [0, 1, "stopped", 2]  # and not the first layers once more
     assert again == json.loads(json.dumps(whole))
     assert not list(session.workspace.iterdir())
@@ -139,7 +140,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(session, monkeypatch):
 def test_no_calibration_text_is_refused(session):
     session.calibration = None
     with pytest.raises(CandidateFailed, match="calibration"):
-        _sensitivity.measure_sensitivities(session)
+        _sensitivity.measure_sensitivities(session, PackedWays())
 
 
 # ---------------------------------------------------------------- what an option is
@@ -320,6 +321,6 @@ def test_a_speed_is_held_to_or_refused_with_what_can_be_had(measured):
 
 
 def test_what_takes_too_long_to_make_is_left_out_and_named(session):
-    found = _sensitivity.measure_sensitivities(session, EVERYTHING, 32, time_limit_s=1e-6)
+    found = _sensitivity.measure_sensitivities(session, PackedWays(EVERYTHING, 32), 1e-6)
     assert session.notes["sensitivities.left_out"] == ["8 keep 0.6", "8 keep 0.4"]
     assert all(choices.keys() == {"2", "3", "4", "8", "16", "4 zeros 0.5", "removed"} for choices in found.values())
