@@ -48,7 +48,10 @@ GROUP_SIZE = 64
 UNIFORM = ("2", "3", "4", "8")
 BETWEEN = (3.0, 4.0)  # bits for each weight that no uniform setting meets
 WINDOWS, TOKENS = 8, 512  # of held-out text
-MEASURED_TOKENS = 512  # of calibration text that sensitivities are measured on
+BLOCK_WINDOWS = 64  # for block types, of which some lose a few thousandths
+MEASURED_TOKENS = (
+    512  # of calibration text that sensitivities are measured on; those of block types on as many as in a build
+)
 MEASURING_S = 3600.0  # more than it takes: every option of each matrix is measured
 SPEEDS = (1.25, 1.5, 2.0, 3.0)
 SOLVER = "solver: 80 layers of 7 matrices of 20 options"
@@ -69,8 +72,8 @@ def session() -> Session:
     return _loading.load_session(MODEL, facts, calibration=rows, seed=0, allow_pickle=False, workspace=Path(WORK.name))
 
 
-def loss_of(model: Any) -> float:
-    """Return the mean loss on held-out text, nats for each token."""
+def loss_of(model: Any, windows: int = WINDOWS) -> float:
+    """Return the mean loss on so many windows of held-out text, nats for each token."""
     import torch
 
     from knowledge_base.techniques._blocks import mean_loss
@@ -78,7 +81,7 @@ def loss_of(model: Any) -> float:
     from planner.data import bundled
 
     ids = texts.tokenise(MODEL, texts.read_text(bundled("heldout")))
-    return mean_loss(model, torch.tensor(ids[: WINDOWS * TOKENS]).reshape(WINDOWS, TOKENS))
+    return mean_loss(model, torch.tensor(ids[: windows * TOKENS]).reshape(windows, TOKENS))
 
 
 class Results:
@@ -206,13 +209,14 @@ def in_blocks(chosen: Mapping[str, str], *, weighed: bool) -> float:
     fresh = session()
     seen: dict[int, Moments] = {}
     each_layer(
-        fresh, lambda _, layer, found: seen.update((id(m.module), m.inputs) for m in found), full=False, same=True
-    )
+        fresh, lambda _, layer, found: seen.update((id(m.module), m.inputs) for m in found), full=False, same=True,
+        label="what enters columns",
+    )  # fmt: skip
     ways = BlockWays(tuple(set(chosen.values())), weighed)
     for name, type in chosen.items():
         module = fresh.model.get_submodule(name)
         matrix_of(module).copy_(ways.weights(module, BlockType(type), seen.get(id(module))))
-    return loss_of(fresh.model)
+    return loss_of(fresh.model, BLOCK_WINDOWS)
 
 
 def gguf_part(results: Results) -> None:
@@ -221,7 +225,6 @@ def gguf_part(results: Results) -> None:
     from knowledge_base.techniques._gguf_choices import BlockWays
     from knowledge_base.techniques.weight_gguf_mixed import TYPES
 
-    _sensitivity.TOKENS_MAX = MEASURED_TOKENS
     for weighed in (False, True):
         ways = BlockWays(tuple(dict.fromkeys(type for types in TYPES.values() for type in types)), weighed)
         measure = functools.partial(_sensitivity.measure_sensitivities, ways=ways, time_limit_s=MEASURING_S)
@@ -236,7 +239,8 @@ def block_rows(results: Results, parts: Options, type: str, *, weighed: bool) ->
     from knowledge_base.techniques.weight_gguf import table_type
     from knowledge_base.techniques.weight_gguf_mixed import TYPES
 
-    unchanged = results.fact("unchanged loss, nats", lambda: round(loss_of(session().model), 5))
+    name = f"unchanged loss of {BLOCK_WINDOWS} windows, nats"
+    unchanged = results.fact(name, lambda: round(loss_of(session().model, BLOCK_WINDOWS), 6))
     uniform = {name: type if ".layers." in name else table_type(type) for name in parts}
     size = sum(parts[name][stored]["bytes"] for name, stored in uniform.items())
     weights = sum(choices[type]["params"] for choices in parts.values())

@@ -76,6 +76,7 @@ class PackedWays:
     group_size: int = 64
     compensated: bool = False
     anchor: ClassVar[Option] = Option(4)
+    told: ClassVar[tuple[Option, ...]] = ()
     tables: ClassVar[bool] = False
     kept: ClassVar[bool] = True
 

@@ -36,6 +36,7 @@ class BlockWays:
     names: tuple[str, ...]
     weighed: bool
     anchor: ClassVar[BlockType] = BlockType("q4_k")
+    told: ClassVar[tuple[BlockType, ...]] = tuple(map(BlockType, ("q5_k", "q6_k", "q8_0")))
     compensated: ClassVar[bool] = False
     tables: ClassVar[bool] = True
     kept: ClassVar[bool] = False

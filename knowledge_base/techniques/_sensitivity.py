@@ -51,6 +51,10 @@ class Ways(Protocol):
         """The options that are left out where making them takes half of the time."""
 
     @property
+    def told(self) -> Sequence[Any]:
+        """The options so gentle that they are never measured: told by how much they change the outputs, as others are."""
+
+    @property
     def compensated(self) -> bool:
         """Whether errors are made up for, unless that takes half of the time."""
 
@@ -207,7 +211,7 @@ def _layer(trial: Trial, index: int, group: Mapping[str, nn.Module], ways: Ways,
             for name, module in group.items():
                 parts.setdefault(part_of(name), {})[name] = module
             units = list(parts.values())
-        elif how == EVERY or (how == ONE and option == anchor):
+        elif (how == EVERY and option not in ways.told) or (how == ONE and option == anchor):
             units = [{name: module} for name, module in group.items()]
         elif how == LAYER and option == anchor:
             units = [dict(group)]
@@ -215,8 +219,7 @@ def _layer(trial: Trial, index: int, group: Mapping[str, nn.Module], ways: Ways,
             continue
         for unit in units:
             _measure(trial, index, unit, option, ways, inputs if ways.needs_products(option) else plain, found)
-    if how != EVERY:
-        _tell_others(group, options, anchor, ways, plain, found)
+    _tell_others(group, options, anchor, ways, plain, found)
     return found
 
 
@@ -257,11 +260,14 @@ def _tell_others(
 ) -> None:  # fmt: skip
     """Tell the options that were not measured by how much they change the outputs, against the one that was."""
     for name, module in group.items():
+        untold = [o for o in options if "output_error" not in found[name].get(str(o), {}) and not o.removes]
+        if not untold:
+            continue
         matrix = matrix_of(module)
         moved = {
             option: _moved(matrix, new, inputs.get(name))
-            for option in options
-            if not option.removes and (new := ways.weights(module, option, inputs.get(name))) is not None
+            for option in (anchor, *untold)
+            if (new := ways.weights(module, option, inputs.get(name))) is not None
         }
         if (known := moved.get(anchor)) is None:  # nothing was measured of this matrix: told by nothing, never changed
             for option in moved:

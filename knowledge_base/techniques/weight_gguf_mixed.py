@@ -23,6 +23,7 @@ from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Sess
 
 K = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
 TYPES = {"k": K, "all": ("q2_k", "iq3_s", "iq4_xs", *K[2:])}
+ALL_BITS = 6.0  # above that, all give what k types give (benchmarks/allocation.py)
 
 TECHNIQUE = Technique(
     summary="a llama.cpp block format for each matrix and table, allocated from measured sensitivities",
@@ -50,7 +51,8 @@ RANGE = dict.fromkeys(
 
 EVIDENCE: tuple[Evidence, ...] = ()
 
-# Bits for each weight that an allocation is worth: in as many more bits all matrices alike lose as much.
+# Bits for each weight that an allocation is worth: in as many more bits all matrices alike lose as much. 0.3 to 0.5 from 3 to
+# 5 bits, on the shipped model (benchmarks/allocation.py).
 _WORTH = 0.4
 
 
@@ -63,9 +65,9 @@ def legal(knobs: Mapping[str, Any], model: Model, workload: Workload, hardware: 
     """Return why this setting means nothing for that model, or None."""
     least, most = (_average(model, TYPES[knobs["types"]][i]) for i in (0, -1))
     if not least < knobs["average_bits"] < most:
-        return (
-            f"{knobs['types']} types give the matrices of {model.name} {least:.3g} to {most:.3g} bits for each weight"
-        )
+        return f"{knobs['types']} types give matrices of {model.name} {least:.3g} to {most:.3g} bits for each weight"
+    if knobs["types"] == "all" and knobs["average_bits"] > ALL_BITS:
+        return f"above {ALL_BITS:g} bits for each weight nothing better than k types is chosen from all"
     return None
 
 

@@ -20,7 +20,7 @@ from planner.estimating.pricing import Priced, price
 from planner.estimating.waterfall import PHASES, waterfall
 
 SLACK = 1 + 1e-6
-WHOLE = 1.01  # the energy of a mean batch is not the mean energy of batches
+WHOLE = 1.05  # the energy of a mean batch is not the mean of batches: its prompts may just need one more piece
 OF_PIECES = 1.005  # a prompt that fills its last piece is cheaper by the token
 FAMILIES = sorted(families())
 TIMES = ("ttft_s", "tpot_s", "latency_s")

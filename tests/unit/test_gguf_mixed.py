@@ -162,3 +162,6 @@ def test_a_setting_that_no_allocation_reaches_is_refused() -> None:
     told = weight_gguf_mixed.legal({"average_bits": 2.5, "types": "k"}, wide, workload, None)  # type: ignore[arg-type]
     assert told is not None and f"{BITS['q2_k']:.3g} to 8.5 bits" in told
     assert weight_gguf_mixed.legal({"average_bits": 2.8, "types": "k"}, narrow, workload, None) is not None  # type: ignore[arg-type]
+    assert "nothing better" in (
+        weight_gguf_mixed.legal({"average_bits": 6.5, "types": "all"}, wide, workload, None) or ""
+    )  # type: ignore[arg-type]
