@@ -197,7 +197,7 @@ def because(prediction: Prediction, node: Node, term: ModuleType) -> str:
         clauses.append(f"follows {' and '.join(METRICS[name].label for name in term.USES)}")
     if _learns(term) == "quality":
         clauses += [
-            f"{STEPS[i]}: log ratio +/- {math.sqrt(variance):.2g}" for i, variance, *_ in node.steps if variance
+            f"{STEPS[i]}: log ratio +/- {math.sqrt(variance):.2g}" for i, variance, _ in node.steps if variance
         ]
         clauses = clauses or ["no step changes what the model computes"]
     if prediction.note:

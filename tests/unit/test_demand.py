@@ -91,7 +91,7 @@ def test_memo_gives_what_the_rewrites_give() -> None:
             node = memo.node(Plan(model_digest="toy", engine="transformers", steps=order))
             assert node.demand == apply_steps(demand_of(TOY_MODEL, TOY_WORKLOAD, "transformers"), order)
             assert tuple(STEPS[number] for number, *_ in node.steps) == order
-            assert sum(variance for _, variance, *_ in node.steps) == pytest.approx(node.demand.perplexity_log_sd**2)
+            assert sum(variance for _, variance, _ in node.steps) == pytest.approx(node.demand.perplexity_log_sd**2)
     again = memo.node(
         Plan(model_digest="toy", engine="transformers", steps=tuple(Step(s.technique, dict(s.knobs)) for s in steps))
     )
