@@ -196,9 +196,7 @@ def because(prediction: Prediction, node: Node, term: ModuleType) -> str:
     elif term.USES:
         clauses.append(f"follows {' and '.join(METRICS[name].label for name in term.USES)}")
     if _learns(term) == "quality":
-        clauses += [
-            f"{STEPS[i]}: log ratio +/- {math.sqrt(variance):.2g}" for i, variance, _ in node.steps if variance
-        ]
+        clauses += [f"{STEPS[i]}: log ratio +/- {math.sqrt(variance):.2g}" for i, variance, _ in node.steps if variance]
         clauses = clauses or ["no step changes what the model computes"]
     if prediction.note:
         clauses.append(prediction.note)
