@@ -16,6 +16,7 @@ from search.problem import Priced
 NEARLY = 0.8  # of the most volume a plan adds
 HALFWAY = 0.5
 ENGINE_REACH = 1.6  # times the way to the optimistic end of an 80 % interval: one chance in fifty to be better yet
+CLEARLY = 2.0  # times the loss of a plan that collapsed in another engine
 SAME = 1e-9  # of a cost: sums of the same numbers in another order differ by less
 BEYOND_WORST = 0.1  # of the range of each objective, that the point which bounds volumes lies beyond the worst
 
@@ -140,25 +141,33 @@ def _sober(priced: Priced) -> Priced:
 def _doomed(priced: Priced, collapsed: Collection[Plan]) -> list[bool]:
     """Return for each plan whether one that collapsed says that it would lose all that the model knew, too.
 
-    Either it is made of the same, or it is lossy in all the ways that one was and predicted to lose no less: where 2 bits
-    were too few for one format, they are for a format that does worse by its published figures.
+    Either it is made of the same; or its steps of the families that one was lossy in are predicted to lose no less, by
+    themselves: where 2 bits were too few for one format, they are for a format that does worse by its published figures.
+    In another engine, whose kernels may be at fault or not, they are predicted to lose CLEARLY more.
     """
+    if not collapsed:
+        return [False] * len(priced.plans)
     loss = priced.figures["quality_loss_ratio"].mid
-    lost = [(_ways_to_lose(priced.plans[i]), loss[i]) for i, plan in enumerate(priced.plans) if plan in collapsed]
+    alone = {(plan.engine, _lossy(plan)): loss[i] for i, plan in enumerate(priced.plans)}
+    lost = [(plan.engine, _families(_lossy(plan)), loss[i]) for i, plan in enumerate(priced.plans) if plan in collapsed]
 
-    def doomed(plan: Plan, i: int) -> bool:
-        ways = _ways_to_lose(plan) if lost else frozenset()
-        return any(same_fate(plan, other) for other in collapsed) or any(
-            w <= ways and loss[i] >= most for w, most in lost if w
-        )
+    def loses_as_much(plan: Plan) -> bool:
+        for engine, families, most in lost:
+            same = frozenset(step for step in _lossy(plan) if _families([step]) <= families)
+            least = most if engine == plan.engine else CLEARLY * most
+            if families and _families(same) == families and alone.get((plan.engine, same), 0.0) >= least:
+                return True
+        return False
 
-    return [doomed(plan, i) for i, plan in enumerate(priced.plans)]
+    return [any(same_fate(plan, other) for other in collapsed) or loses_as_much(plan) for plan in priced.plans]
 
 
-def _ways_to_lose(plan: Plan) -> frozenset[str]:
-    """Return the families of the plan's lossy steps."""
-    told = (techniques.get(step.technique).TECHNIQUE for step in plan.steps)
-    return frozenset(technique.family for technique in told if not technique.lossless)
+def _lossy(plan: Plan) -> frozenset[Step]:
+    return frozenset(step for step in plan.steps if not techniques.get(step.technique).TECHNIQUE.lossless)
+
+
+def _families(steps: Iterable[Step]) -> frozenset[str]:
+    return frozenset(techniques.get(step.technique).TECHNIQUE.family for step in steps)
 
 
 def same_fate(plan: Plan, collapsed: Plan) -> bool:

@@ -30,7 +30,8 @@ class BlockWays:
 
     Args:
         names: of the types that may be chosen, q4_k among them.
-        weighed: errors are weighted by what enters the columns of a layer's matrices, as an importance matrix does.
+        weighed: errors are weighted by what enters the columns of a layer's matrices, as an importance matrix does, though
+            by the text that sensitivities are measured on alone.
     """
 
     names: tuple[str, ...]
@@ -67,7 +68,7 @@ class BlockWays:
         """Return what the weights (out, in) then are."""
         matrix = matrix_of(module)
         importance = _gguf_types.importance_of(inputs.squares, inputs.rows) if self.weighed and inputs else None
-        return _gguf_types.rounded(matrix, stored_type(option.name, matrix.shape[1]), importance)
+        return _gguf_types.rounded(matrix, stored_type(option.name, matrix.shape[1]), importance).to(matrix.device)
 
     @staticmethod
     def needs_products(option: BlockType) -> bool:

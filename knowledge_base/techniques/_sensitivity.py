@@ -98,7 +98,8 @@ def measure_sensitivities(session: Session, ways: Ways, time_limit_s: float = 60
 
     One forward pass for each matrix and option, from its layer on. Where those would take longer than `time_limit_s`,
     fewer tokens are read, down to 512; then one option is measured and the others told by how much they change the
-    matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer.
+    matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer. What
+    is gentle (`ways.told`) is always told so. Making what is told is not bounded.
     `session.notes` tells what was done. What is done of an interrupted measurement is kept in the workspace.
 
     Raises:
@@ -125,6 +126,8 @@ def measure_sensitivities(session: Session, ways: Ways, time_limit_s: float = 60
             session.progress("sensitivities", (number + 1) / len(groups))
     session.notes["sensitivities.tokens"] = trial.tokens.numel()
     session.notes["sensitivities.measured"] = way["measured"]
+    if ways.told:
+        session.notes["sensitivities.told"] = [str(option) for option in ways.told]
     session.notes["sensitivities.rounded"] = "compensated" if way["compensated"] else "to nearest"
     if way["left_out"]:
         session.notes["sensitivities.left_out"] = way["left_out"]
@@ -152,14 +155,6 @@ def _way(
 ) -> dict[str, Any]:
     """Return how to measure in about so many seconds: the shape of the tokens, what is measured, and what is left out."""
     tokens, layers = trial.tokens, len(trial.layers)
-    weights = [1 - index / layers for index, _ in groups]  # a pass begins at the layer that was changed
-    each = sum(len(group) * weight for (_, group), weight in zip(groups, weights))
-    watching = sum(weights[:layers])
-    passes = {EVERY: len(ways.options) * each + watching, ONE: each + watching, LAYER: 2 * watching}
-    share = {how: time_limit_s / (count * trial.forward_s) for how, count in passes.items()}
-    few = min(TOKENS_FEW, tokens.numel())
-    how = next((h for h in (EVERY, ONE) if share[h] * tokens.numel() >= few), LAYER)
-    read = _fewer(tokens, share[how]) if share[how] < 1 else tokens
     # Half of the time may go into making what is measured.
     slow = list(ways.slow)
     quick = [option for option in ways.options if option not in slow]
@@ -167,6 +162,15 @@ def _way(
     if slow and _making_s(trial, groups, ways, slow) < time_limit_s / 2:
         slow = []
     left_out = [str(option) for option in slow]
+    weights = [1 - index / layers for index, _ in groups]  # a pass begins at the layer that was changed
+    each = sum(len(group) * weight for (_, group), weight in zip(groups, weights))
+    watching = sum(weights[:layers])
+    measured = sum(option not in slow and option not in ways.told for option in ways.options)
+    passes = {EVERY: measured * each + watching, ONE: each + watching, LAYER: 2 * watching}
+    share = {how: time_limit_s / (count * trial.forward_s) for how, count in passes.items()}
+    few = min(TOKENS_FEW, tokens.numel())
+    how = next((h for h in (EVERY, ONE) if share[h] * tokens.numel() >= few), LAYER)
+    read = _fewer(tokens, share[how]) if share[how] < 1 else tokens
     return {"tokens": list(read.shape), "measured": how, "compensated": compensated, "left_out": left_out}
 
 
@@ -193,7 +197,7 @@ def _layer(trial: Trial, index: int, group: Mapping[str, nn.Module], ways: Ways,
     how = way["measured"]
     options = [option for option in ways.options if str(option) not in way["left_out"]]
     full = way["compensated"] or any(map(ways.needs_products, options))
-    inputs = trial.watch(index, group, full=full) if index < len(trial.layers) else {}
+    inputs = trial.watch(index, group, full=full)
     found: Found = {}
     for name, module in group.items():
         each = {str(o): ways.sizes(module, o) for o in options}
@@ -265,18 +269,17 @@ def _tell_others(
             continue
         matrix = matrix_of(module)
         moved = {
-            option: _moved(matrix, new, inputs.get(name))
-            for option in (anchor, *untold)
+            str(option): _moved(matrix, new, inputs.get(name))
+            for option in untold
             if (new := ways.weights(module, option, inputs.get(name))) is not None
         }
-        if (known := moved.get(anchor)) is None:  # nothing was measured of this matrix: told by nothing, never changed
-            for option in moved:
-                del found[name][str(option)]
-            continue
+        known = found[name].get(str(anchor), {}).get("output_error")
         for option, change in moved.items():
-            found[name][str(option)]["output_error"] = change
-            if option != anchor and known:
-                found[name][str(option)]["loss_increase"] = found[name][str(anchor)]["loss_increase"] * change / known
+            if known is None:  # the anchor cannot be stored so: told by nothing, never changed
+                del found[name][option]
+            else:
+                increase = found[name][str(anchor)]["loss_increase"] * change / known if known else 0.0
+                found[name][option] |= {"output_error": change, "loss_increase": increase}
 
 
 def _moved(before: torch.Tensor, after: torch.Tensor, inputs: Moments | None) -> float:
@@ -360,7 +363,10 @@ class Trial:
         return -log_probs[:, :-1].gather(-1, following).mean(dtype=torch.float64).item()
 
     def watch(self, index: int, modules: Mapping[str, nn.Module], *, full: bool) -> dict[str, Moments]:
-        """Return what enters each matrix of a layer, by name; those the text never came through are left out."""
+        """Return what enters each matrix of a layer, by name; those the text never came through are left out, and tables."""
+        inside = {id(module) for layer in self.layers[index : index + 1] for module in layer.modules()}
+        if not inside.intersection(map(id, modules.values())):
+            return {}
         recorder = _Recorder(self.layers[index], full=full)
         recorder.start()
         try:
@@ -385,7 +391,9 @@ class Trial:
                 del layer.forward
         kl = (self.reference.exp() * (self.reference - changed)).sum(-1).mean().item()
         if kl != kl:
-            raise CandidateFailed("non_finite", f"rounding a matrix of layer {first} gives numbers that are not finite")
+            raise CandidateFailed(
+                "non_finite", f"rounding a matrix gives numbers that are not finite, from layer {first} on"
+            )
         return max(kl, 0.0), self._loss(changed) - self.reference_loss
 
 

@@ -1,10 +1,11 @@
 """Store each matrix and table in the llama.cpp block format that the planner allocated from measured sensitivities.
 
 llama.cpp's own mixes (Q4_K_M and its like) give the same matrices of every model more bits. Here the loss of each matrix in
-each type is measured on the model as the earlier steps leave it, the tables of the embedding and the output among them, and
-the allocation with the least loss within the bytes is the answer of a multiple-choice knapsack (search/allocation.py):
+each type below 5 bits is measured on the model as the earlier steps leave it, the tables of the embedding and the output
+among them, and told from q4_k's above; the allocation with the least loss within the bytes is the answer of a
+multiple-choice knapsack (search/allocation.py):
 
-    average_bits  for each weight of layers and tables, scales included
+    average_bits  for each weight of layers and tables, scales included; more only where rows do not divide into blocks
     types         "k": q2_k to q8_0, quick to round and to multiply with; "all": also iq3_s and iq4_xs, which lose less
 
 The planner stops the build before this step to measure and to solve. After importance_matrix errors are measured, as they
@@ -13,6 +14,7 @@ are made, weighted by what enters the columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +24,7 @@ from knowledge_base.techniques.weight_gguf import BITS, stored_type
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 K = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
-TYPES = {"k": K, "all": ("q2_k", "iq3_s", "iq4_xs", *K[2:])}
+TYPES = {"k": K, "all": ("q2_k", "iq3_s", "q3_k", "iq4_xs", *K[2:])}  # q3_k: where there is no time for iq types
 ALL_BITS = 6.0  # above that, all give what k types give (benchmarks/allocation.py)
 
 TECHNIQUE = Technique(
@@ -54,6 +56,8 @@ EVIDENCE: tuple[Evidence, ...] = ()
 # Bits for each weight that an allocation is worth: in as many more bits all matrices alike lose as much. 0.3 to 0.5 from 3 to
 # 5 bits, on the shipped model (benchmarks/allocation.py).
 _WORTH = 0.4
+# The published type whose losses are told by bits alone, so that more bits never lose more.
+_PUBLISHED = {"k": "q4_k_s", "all": "iq4_xs"}
 
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
@@ -83,16 +87,17 @@ def rewrite(demand: Demand, *, average_bits: float, types: str) -> Demand:
 
     Measuring the sensitivities is not in it: it is done once for a model and the steps before, not for a plan.
     """
-    nearest = _nearest(average_bits, types)
-    demand = loss_after(demand, "gguf", type=weight_gguf.published(nearest), bits=average_bits + _WORTH)
-    demand = weight_gguf.written(demand, nearest, average_bits, average_bits)
-    why = f"weights in types of {average_bits:g} bits on average, tables among them, more where it matters most"
+    average_bits = max(average_bits, _average(demand.model, TYPES[types][0]))  # steps before may have narrowed rows
+    demand = loss_after(demand, "gguf", type=_PUBLISHED[types], bits=average_bits + _WORTH)
+    demand = weight_gguf.written(demand, _nearest(average_bits, types), average_bits, average_bits)
+    why = f"weights in types of {average_bits:.3g} bits on average, tables among them, more where it matters most"
     return demand.but(because=(*demand.because, why))
 
 
 def _nearest(average_bits: float, types: str) -> str:
-    """Return the type with the bits nearest to an average."""
-    return min(TYPES[types], key=lambda type: abs(BITS[type] - average_bits))
+    """Return the type with the bits nearest to an average; of all, iq types are chosen more often than k types as narrow."""
+    offered = [type for type in TYPES[types] if types == "k" or type not in ("q3_k", "q4_k")]
+    return min(offered, key=lambda type: abs(BITS[type] - average_bits))
 
 
 def options(session: Session, time_limit_s: float, *, types: str) -> dict[str, Any]:
@@ -109,9 +114,11 @@ def options(session: Session, time_limit_s: float, *, types: str) -> dict[str, A
 
 
 def budgets(measured: Mapping[str, Any], *, average_bits: float, types: str) -> dict[str, float]:
-    """Return the bytes all matrices and tables together may take, of what `options` measured."""
-    weights = sum(next(iter(choices.values()))["params"] for choices in measured["parts"].values())
-    return {"bytes": weights * average_bits / 8}
+    """Return the bytes all matrices and tables together may take, of what `options` measured; the least they can at least."""
+    parts = measured["parts"].values()
+    weights = sum(next(iter(choices.values()))["params"] for choices in parts)
+    least = sum(min(choice["bytes"] for choice in choices.values()) for choices in parts)
+    return {"bytes": max(weights * average_bits / 8, least)}
 
 
 def execute(session: Session, *, average_bits: float, types: str) -> None:
@@ -138,9 +145,8 @@ def execute(session: Session, *, average_bits: float, types: str) -> None:
             "unsupported", f"the allocation was made for another model: it {what}", hint="allocate anew for this model"
         )
     chosen = {name: stored_type(session.allocation[name], shape[1]) for name, shape in found.items()}
-    taken = sum(shape.numel() * BITS[chosen[name]] for name, shape in found.items())
-    taken /= sum(shape.numel() for shape in found.values())
-    if taken > average_bits * 1.0001:
+    least = _mean_bits(found, {name: stored_type(TYPES[types][0], shape[1]) for name, shape in found.items()})
+    if (taken := _mean_bits(found, chosen)) > max(average_bits, least) * 1.0001:
         raise CandidateFailed(
             "unsupported", f"the allocation takes {taken:.2f} bits for each weight, more than {average_bits}",
             hint="allocate anew for this model",
@@ -150,3 +156,9 @@ def execute(session: Session, *, average_bits: float, types: str) -> None:
     session.notes["weight_gguf_mixed.average_bits"] = round(taken, 3)
     for type in sorted(set(chosen.values())):
         session.notes[f"weight_gguf_mixed.matrices.{type}"] = sum(stored == type for stored in chosen.values())
+
+
+def _mean_bits(shapes: Mapping[str, Any], stored: Mapping[str, str]) -> float:
+    """Return the bits for each weight of matrices (out, in) in their types."""
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(weights[name] * BITS[stored[name]] for name in shapes) / sum(weights.values())

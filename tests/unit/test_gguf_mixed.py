@@ -119,10 +119,48 @@ def test_slow_types_are_left_out_where_time_is_short(tmp_path: Path) -> None:
     session = opened(tmp_path)
     measured = weight_gguf_mixed.options(session, 1e-6, types="all")
     assert session.notes["sensitivities.left_out"] == ["iq3_s", "iq4_xs"]
-    assert all(choices.keys() == {"q2_k", "q4_k", "q5_k", "q6_k", "q8_0"} for choices in measured["parts"].values())
+    assert all(choices.keys() == set(weight_gguf_mixed.K) for choices in measured["parts"].values())
     assert all(
         choices["q2_k"]["loss_increase"] > choices["q8_0"]["loss_increase"] for choices in measured["parts"].values()
     )
+
+
+def test_gentle_types_are_told_by_the_one_measured_and_said_to_be(tmp_path: Path) -> None:
+    """What is told is near what measuring gives: the divergence grows as the square of what outputs change by."""
+    session = opened(tmp_path)
+    measured = weight_gguf_mixed.options(session, 1e6, types="k")["parts"]
+    assert session.notes["sensitivities.told"] == ["q5_k", "q6_k", "q8_0"]
+    assert session.notes["sensitivities.measured"] == _sensitivity.EVERY
+    told = {type for c in measured.values() for type, choice in c.items() if "next_token_change_nats" not in choice}
+    assert told == {"q5_k", "q6_k", "q8_0"}
+    ways = BlockWays(weight_gguf_mixed.K, weighed=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockWays, "told", ())
+        every = _sensitivity.measure_sensitivities(session, ways, 1e6)
+    for type in ("q5_k", "q6_k"):
+        found, wanted = (sum(c[type]["loss_increase"] for c in parts.values()) for parts in (measured, every))
+        assert found == pytest.approx(wanted, rel=0.5), type
+
+
+@pytest.mark.parametrize("types", ["k", "all"])
+def test_more_bits_are_never_predicted_to_lose_more(types: str) -> None:
+    demand = demand_of(make_session().facts, Workload(prompt_tokens=16, output_tokens=16), "llama_cpp")
+    bits = [bits for bits in weight_gguf_mixed.RANGE["weights_bytes"][1] if types == "k" or bits <= 6]
+    losses = [weight_gguf_mixed.rewrite(demand, average_bits=b, types=types).perplexity_ratio for b in bits]
+    assert len(set(losses)) > 20 and losses == sorted(losses) and losses[0] >= 1
+
+
+def test_rows_that_an_earlier_step_narrowed_are_told_and_allocated_in_the_bits_they_take(tmp_path: Path) -> None:
+    """Rows of 416 do not divide into blocks of 256: q2_k becomes q4_0 there, and 3.25 bits cannot be reached."""
+    session = opened(tmp_path, intermediate_size=416)
+    measured = weight_gguf_mixed.options(session, 1e6, types="k")
+    session.allocation = chosen(measured, average_bits=2.7)
+    weight_gguf_mixed.execute(session, average_bits=2.7, types="k")
+    taken = session.notes["weight_gguf_mixed.average_bits"]
+    assert taken > 2.7
+    demand = demand_of(session.facts, Workload(prompt_tokens=16, output_tokens=16), "llama_cpp")
+    told = weight_gguf_mixed.rewrite(demand, average_bits=2.7, types="k")
+    assert 8 * told.linear_bytes / told.linear_params == pytest.approx(taken, rel=0.01)
 
 
 def test_rows_that_do_not_divide_take_the_next_wider_type(tmp_path: Path) -> None:

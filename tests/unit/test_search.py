@@ -176,6 +176,30 @@ def test_what_is_predicted_to_lose_more_than_what_lost_all_is_not_tried():
     assert four not in {pick.plan for pick in choose(priced, 12, known={unchanged, eight}, collapsed=[eight])}
 
 
+def test_what_lost_all_says_nothing_of_the_harm_another_family_does_or_of_another_engines_kernels():
+    space = space_of()
+    eight, four, fewer = (
+        Step("weight_int8"),
+        Step("weight_int4", {"group_size": 128}),
+        Step("drop_layers", {"count": 1, "by": "influence"}),
+    )
+    gguf = {bits: Step("weight_gguf", {"type": type}) for bits, type in ((2, "q2_k"), (4, "q4_k"))}
+    made = [("transformers", s) for s in ((four,), (eight,), (fewer,), (fewer, eight), (fewer, four))]
+    made += [("llama_cpp", (step,)) for step in gguf.values()]
+    plans = [p for engine, steps in made if (p := space.plan(engine, steps)) is not None]
+    assert len(plans) == len(made)
+    priced = problem_of(space, loss=9.0).price(plans)
+    loss = dict(zip(plans, priced.figures["quality_loss_ratio"].mid))
+    lost, mild, _, both, harsh, two_bits, four_bits = plans
+    assert loss[mild] < loss[lost] < loss[both] and loss[lost] > 2 * loss[four_bits] and loss[two_bits] > 2 * loss[lost]
+
+    doomed = dict(zip(plans, _doomed(priced, [lost])))
+    assert not doomed[both], "int8 loses less than what lost all; that fewer layers lose more is another matter"
+    assert doomed[harsh] and doomed[two_bits] and not doomed[four_bits]
+    doomed = dict(zip(plans, _doomed(priced, [four_bits])))
+    assert doomed[two_bits] and (doomed[lost] == (loss[lost] >= 2 * loss[four_bits]))
+
+
 def test_a_step_that_only_loses_is_not_measured_for_its_uncertainty():
     space = space_of()
     bits, cache = Step("weight_int4", {"group_size": 64}), Step("kv_cache_quantised", {"bits": 4})
