@@ -9,6 +9,7 @@ import pty
 import select
 import shutil
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -259,9 +260,8 @@ class Terminal:
 @pytest.mark.promise("P5")
 def test_ctrl_c_twice_on_a_terminal_stops_at_once(place: Path, tmp_path: Path) -> None:
     (place / "keys.yaml").write_text(SPEC)
-    argv = command("plan", "keys.yaml", "--run-dir", str(tmp_path / "runs"), "--fresh")
     patient = "import sys; from planner import cli, loop; loop.STOP_GRACE_S = 200.0; sys.exit(cli.main())"
-    argv[argv.index("-m") :][:2] = ["-c", patient]
+    argv = [sys.executable, "-c", patient, "plan", "keys.yaml", "--run-dir", str(tmp_path / "runs"), "--fresh"]
     with Terminal(argv, place) as terminal:
         terminal.wait_for("batches")  # the status line of a candidate at work
         terminal.press(b"\x03")
