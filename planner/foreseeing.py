@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from search.problem import Priced
 
 BUILD_SHARE = 0.1  # of the time limit, that building one candidate may be predicted to take
+CHOOSING_SHARE = 0.15  # of it, that measuring what a step can choose from may take, or LEAST_CHOOSING_S
+LEAST_CHOOSING_S = 10.0
 FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
 FINALISTS = 3
 OVERRUN_S = 30.0  # by which a run may pass its time limit: a candidate is stopped, the answer is written
@@ -233,12 +235,27 @@ def _likely(spec: Spec, priced: Priced) -> np.ndarray:
 
 
 def _building(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> Amount:
-    """Return the seconds one of these plans takes to build."""
+    """Return the seconds one of these plans takes to build, and to measure what its steps can choose from."""
     import numpy as np
 
     low, mid, high = (float(np.mean(getattr(priced.figures["build_s"], end)[chosen])) for end in ("low", "mid", "high"))
+    chooses = [
+        any(hasattr(techniques.get(step.technique), "options") for step in priced.plans[i].steps) for i in chosen
+    ]
+    choosing = choosing_s(spec) * float(
+        np.mean(chooses)
+    )  # at most: small models take less, and plans that begin alike share it
+    mid, high = mid + choosing / 2, high + choosing
     log_sd = max(0.3, math.log(max(high, 1e-9) / max(low, 1e-9)) / (2 * Z))
-    return around(mid, log_sd, learned.of("build"), "predicted for the plans on the front")
+    because = "predicted for the plans on the front" + (
+        ", measuring what they choose from among it" if choosing else ""
+    )
+    return around(mid, log_sd, learned.of("build"), because)
+
+
+def choosing_s(spec: Spec) -> float:
+    """Return the seconds that measuring what a step can choose from may take."""
+    return max(LEAST_CHOOSING_S, CHOOSING_SHARE * spec.search.time_limit_s)
 
 
 def _measuring(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> Amount:

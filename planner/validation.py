@@ -17,6 +17,7 @@ from knowledge_base.serde import digest, write_json
 from knowledge_base.types import Failure, Figure, Measurement, Plan, Step
 from planner import building, energy, fidelity, measuring, retrieval
 from planner.drafts import draft_for
+from planner.foreseeing import choosing_s
 from planner.isolation import Limits, Servers
 from planner.isolation.worker import asked_of
 from planner.load.candidates import CandidateLoad, load_of
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from planner.progress import Progress
 
 ATTEMPTS = 2  # a candidate whose planner died under it is tried this often
-MEASURING_SHARE = 0.15  # of the time limit that measuring what a step can choose from may take
 LASTING = (
     "unsupported",
     "build_error",
@@ -278,7 +278,7 @@ class Validator:
                 measured = json.loads(path.read_text(encoding="utf-8"))
             else:
                 self.run.progress.line(f"measuring what {plan.steps[number].technique} can choose from")
-                measured = measure(max(10.0, MEASURING_SHARE * self.spec.search.time_limit_s))
+                measured = measure(choosing_s(self.spec))
                 write_json(path, measured)
             return _chosen(plan.steps[number], measured)
 

@@ -12,6 +12,8 @@ from knowledge_base.engines import _gguf_types
 from knowledge_base.techniques._blocks import Moments, matrix_of
 from knowledge_base.techniques.weight_gguf import BITS, stored_type
 
+MEASURED = ("q2_k", "q4_k")
+
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
@@ -29,7 +31,7 @@ class BlockWays:
     """Matrices and tables stored in block types, by llama.cpp's own rounding.
 
     Args:
-        names: of the types that may be chosen, q4_k among them.
+        names: of the types that may be chosen, q2_k and q4_k among them.
         weighed: errors are weighted by what enters the columns of a layer's matrices, as an importance matrix does, though
             by the text that sensitivities are measured on alone.
     """
@@ -37,7 +39,6 @@ class BlockWays:
     names: tuple[str, ...]
     weighed: bool
     anchor: ClassVar[BlockType] = BlockType("q4_k")
-    told: ClassVar[tuple[BlockType, ...]] = tuple(map(BlockType, ("q5_k", "q6_k", "q8_0")))
     compensated: ClassVar[bool] = False
     tables: ClassVar[bool] = True
     kept: ClassVar[bool] = False
@@ -46,6 +47,11 @@ class BlockWays:
     def options(self) -> tuple[BlockType, ...]:
         """The types."""
         return tuple(map(BlockType, self.names))
+
+    @property
+    def told(self) -> tuple[BlockType, ...]:
+        """All but two: between them losses are told within a tenth, above them by the square of the change."""
+        return tuple(option for option in self.options if option.name not in MEASURED)
 
     @property
     def slow(self) -> tuple[BlockType, ...]:

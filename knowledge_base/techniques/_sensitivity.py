@@ -7,6 +7,7 @@ for a model and calibration text: any number of budgets is allocated from the sa
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +53,7 @@ class Ways(Protocol):
 
     @property
     def told(self) -> Sequence[Any]:
-        """The options so gentle that they are never measured: told by how much they change the outputs, as others are."""
+        """The options that are never measured: told by how much they change the outputs, beside those that are."""
 
     @property
     def compensated(self) -> bool:
@@ -98,8 +99,9 @@ def measure_sensitivities(session: Session, ways: Ways, time_limit_s: float = 60
 
     One forward pass for each matrix and option, from its layer on. Where those would take longer than `time_limit_s`,
     fewer tokens are read, down to 512; then one option is measured and the others told by how much they change the
-    matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer. What
-    is gentle (`ways.told`) is always told so. Making what is told is not bounded.
+    matrix's outputs beside it, since the divergence grows as their square; then one for all matrices of a layer.
+    `ways.told` are always told, and what lies between two that were measured by the power of the change that leads from
+    one to the other. Making what is told is not bounded.
     `session.notes` tells what was done. What is done of an interrupted measurement is kept in the workspace.
 
     Raises:
@@ -126,8 +128,8 @@ def measure_sensitivities(session: Session, ways: Ways, time_limit_s: float = 60
             session.progress("sensitivities", (number + 1) / len(groups))
     session.notes["sensitivities.tokens"] = trial.tokens.numel()
     session.notes["sensitivities.measured"] = way["measured"]
-    if ways.told:
-        session.notes["sensitivities.told"] = [str(option) for option in ways.told]
+    if told := [str(option) for option in ways.told if str(option) not in way["left_out"]]:
+        session.notes["sensitivities.told"] = told
     session.notes["sensitivities.rounded"] = "compensated" if way["compensated"] else "to nearest"
     if way["left_out"]:
         session.notes["sensitivities.left_out"] = way["left_out"]
@@ -223,7 +225,7 @@ def _layer(trial: Trial, index: int, group: Mapping[str, nn.Module], ways: Ways,
             continue
         for unit in units:
             _measure(trial, index, unit, option, ways, inputs if ways.needs_products(option) else plain, found)
-    _tell_others(group, options, anchor, ways, plain, found)
+    _tell_others(group, options, ways, plain, found)
     return found
 
 
@@ -259,10 +261,9 @@ def _measure(
 
 
 def _tell_others(
-    group: Mapping[str, nn.Module], options: Sequence[Any], anchor: Any, ways: Ways, inputs: Mapping[str, Moments],
-    found: Found,
-) -> None:  # fmt: skip
-    """Tell the options that were not measured by how much they change the outputs, against the one that was."""
+    group: Mapping[str, nn.Module], options: Sequence[Any], ways: Ways, inputs: Mapping[str, Moments], found: Found
+) -> None:
+    """Tell the options that were not measured by how much they change the outputs, beside those that were."""
     for name, module in group.items():
         untold = [o for o in options if "output_error" not in found[name].get(str(o), {}) and not o.removes]
         if not untold:
@@ -273,13 +274,30 @@ def _tell_others(
             for option in untold
             if (new := ways.weights(module, option, inputs.get(name))) is not None
         }
-        known = found[name].get(str(anchor), {}).get("output_error")
+        measured = [found[name].get(str(o), {}) for o in options if str(o) not in moved and not o.removes]
+        known = [(choice["output_error"], choice["loss_increase"]) for choice in measured if "output_error" in choice]
         for option, change in moved.items():
-            if known is None:  # the anchor cannot be stored so: told by nothing, never changed
+            if known:
+                found[name][option] |= {"output_error": change, "loss_increase": told_increase(change, known)}
+            else:  # nothing of this matrix could be measured: told by nothing, never changed
                 del found[name][option]
-            else:
-                increase = found[name][str(anchor)]["loss_increase"] * change / known if known else 0.0
-                found[name][option] |= {"output_error": change, "loss_increase": increase}
+
+
+def told_increase(change: float, known: Sequence[tuple[float, float]]) -> float:
+    """Return the increase of the loss that a change of the outputs brings, told from pairs (change, increase) of others.
+
+    Between two of them by the power law through both; beyond them in proportion to the nearest.
+
+    >>> f"{told_increase(0.02, [(0.01, 0.1), (0.04, 1.6)]):.3g} {told_increase(0.005, [(0.01, 0.1)]):.3g}"
+    '0.4 0.05'
+    """
+    below = max((pair for pair in known if pair[0] <= change), default=None)
+    above = min((pair for pair in known if pair[0] >= change), default=None)
+    if below and above and below[0] < above[0] and min(*below, *above) > 0:
+        return below[1] * (change / below[0]) ** (math.log(above[1] / below[1]) / math.log(above[0] / below[0]))
+    nearest = below or above
+    assert nearest is not None, "told from nothing"
+    return nearest[1] * change / nearest[0] if nearest[0] else 0.0
 
 
 def _moved(before: torch.Tensor, after: torch.Tensor, inputs: Moments | None) -> float:

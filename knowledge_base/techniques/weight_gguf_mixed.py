@@ -1,9 +1,9 @@
 """Store each matrix and table in the llama.cpp block format that the planner allocated from measured sensitivities.
 
 llama.cpp's own mixes (Q4_K_M and its like) give the same matrices of every model more bits. Here the loss of each matrix in
-each type below 5 bits is measured on the model as the earlier steps leave it, the tables of the embedding and the output
-among them, and told from q4_k's above; the allocation with the least loss within the bytes is the answer of a
-multiple-choice knapsack (search/allocation.py):
+q2_k and in q4_k is measured on the model as the earlier steps leave it, the tables of the embedding and the output among
+them, and told from these for the other types by how much they change the outputs; the allocation with the least loss
+within the bytes is the answer of a multiple-choice knapsack (search/allocation.py):
 
     average_bits  for each weight of layers and tables, scales included; more only where rows do not divide into blocks
     types         "k": q2_k to q8_0, quick to round and to multiply with; "all": also iq3_s and iq4_xs, which lose less

@@ -180,7 +180,9 @@ def test_many_plans_are_light_and_soon_there(browser: Browser, pages: dict[str, 
 # ---------------------------------------------------------------- it can be read
 
 
-@pytest.mark.parametrize("name", ["few", "many", "predicted", "hostile"])
+@pytest.mark.parametrize(
+    "name", ["many", "hostile", *(pytest.param(name, marks=pytest.mark.slow) for name in ("few", "predicted"))]
+)
 @pytest.mark.parametrize("width", SIZES)
 def test_labels_neither_overlap_nor_leave_the_page(
     browser: Browser, pages: dict[str, Path], pictures: Path, name: str, width: int

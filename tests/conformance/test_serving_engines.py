@@ -185,6 +185,7 @@ def test_what_is_lossless_changes_no_answer(engine: str, runtime: dict[str, Any]
     server.close()
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_thread_and_no_weights(engine: str) -> None:
     """In a process of its own: what the tests before it took and gave back moves memory by more than a model."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -167,6 +167,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> Path
     raise AssertionError(f"no {pattern} within 120 s")
 
 
+@pytest.mark.slow
 @pytest.mark.row(57)
 @pytest.mark.promise("P1")
 def test_a_disk_that_fills_up_costs_nothing_already_measured(place: Path, machine: Path, small_disk: Path) -> None:
