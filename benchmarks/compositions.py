@@ -1,6 +1,6 @@
 """Compositions against single techniques: what `leanplan plan` finds within one and the same number of measured plans.
 
-    python benchmarks/compositions.py               # about 35 minutes on two idle cores, and 9 more the first time
+    python benchmarks/compositions.py               # about 45 minutes on two idle cores, and 9 more the first time
     python benchmarks/compositions.py --again       # forgets what was measured and begins anew
     python benchmarks/compositions.py --tables      # only writes the tables anew from compositions.json
 
@@ -8,14 +8,17 @@ Each model is planned twice from examples/tiny-lm.yaml, with the same seed, mach
 may use one technique in a plan (search.max_steps: 1), `compositions` any number. Neither sees what the other measured.
 Every plan measured is kept in compositions.json after each of the six runs; the same command goes on from there, and
 inside a run from the plans measured. A run has 12 plans and 12 minutes, whichever ends first. Models: the shipped one and two made for the purpose (made_models.py).
+Afterwards all plans of both runs of a model are timed in turns, in blocks interleaved with the unchanged model: minutes
+apart the same file is served at half the speed.
 
-A point is (size on disk, seconds for each token, perplexity), each over the unchanged model's in the same run. Volumes are
+A point is (size on disk, seconds for each token in these turns, perplexity), each over the unchanged model's. Volumes are
 dominated shares of the box from the ideal (0, 0, 1) to REFERENCE: no smaller, no faster, as bad as the budget allows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import shutil
 import sys
@@ -31,11 +34,18 @@ import numpy as np
 
 from benchmarks.made_models import SHIPPED, made
 from benchmarks.readme_tables import figures, keep_figures, placed
+from planner import measuring
+from planner.finding import find_run
+from planner.loop import Run, Settings
+from planner.progress import Progress
 from search.pareto import front, hypervolume
 
 if TYPE_CHECKING:
+    from knowledge_base.types import Plan
+    from planner.preparing import Prepared
     from planner.results import ParetoSet
     from planner.spec import Spec
+    from planner.validation import Validator
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent / "examples" / "tiny-lm.yaml"
@@ -51,6 +61,8 @@ ASKED: dict[str, Any] = {
     "objectives": ["artefact_size", "tpot_p50", "quality_loss"],
     "search": {"effort": "quick", "time_limit": "12 min", "max_measured": 12, "seed": 0},
 }
+# Screening is over: speeds are of the blocks.
+TURNS = measuring.Protocol(requests=3, least_s=0.2, most_s=1.0, blocks=11, block_s=0.3, blocks_s=300.0)
 REFERENCE = (1.0, 1.0, 1.0 + LOSS)
 IDEAL = (0.0, 0.0, 1.0)
 SIZE, SPEED, QUALITY = range(3)
@@ -100,9 +112,8 @@ def spec_of(model: Path, arm: str) -> Spec:
 
 def planned(model: str, arm: str, folder: Path) -> dict[str, Any]:
     """Run `leanplan plan` on one model, with single techniques or compositions, and return what it measured."""
-    from planner.loop import Settings, run
+    from planner.loop import run
     from planner.machine import find
-    from planner.progress import Progress
 
     spec = spec_of(folder_of(model), arm)
     find("local", FOLDER)  # the machine is probed once for all runs
@@ -146,6 +157,52 @@ def points_of(answer: ParetoSet) -> list[Point]:
             )
         )  # fmt: skip
     return points
+
+
+class Turns(Run):
+    """Serves plans that other runs built in blocks interleaved with the unchanged model; `found` has seconds for each token."""
+
+    def __init__(self, prepared: Prepared, settings: Settings, artefacts: Mapping[Plan, Path]) -> None:
+        super().__init__(prepared, settings, Progress(live=False), time.monotonic())
+        self.artefacts = artefacts
+        self.found: dict[str, list[float]] = {}
+
+    def _stages(self, validator: Validator, only: Any) -> None:
+        self._baseline(validator)
+        baseline = self.prepared.space.unchanged()
+        with contextlib.ExitStack() as candidates:
+            jobs = {
+                plan.id: validator._open(candidates.enter_context(validator._started(plan, "turns")), plan, folder)
+                for plan, folder in self.artefacts.items()
+            }
+            observed = measuring.interleave(
+                jobs, baseline.id, TURNS, self.prepared.hardware, waiting=self.progress.line
+            )
+        for plan in self.artefacts:
+            if ratio := observed[plan.id].ratios.get("tpot_s"):
+                pace = observed[plan.id].figures["tpot_s"].value
+                self.found[plan.words] = [
+                    *(round(x, 4) for x in (ratio.value, ratio.low, ratio.high)),
+                    round(1 / pace, 1),
+                ]
+
+
+def in_turns(model: str) -> dict[str, list[float]]:
+    """Return for each plan that both runs of a model measured [times the unchanged model's seconds, low, high, tokens/s]."""
+    from planner.preparing import prepare
+
+    artefacts = {}
+    for arm in ARMS:
+        root = FOLDER / f"{model}-{arm}"
+        for result in find_run(None, root / "runs").results:
+            built = next((root / "runs").glob(f"*/artefacts/{result.plan.id}"), None)
+            if built is not None and result.measurement and not result.measurement.failure:
+                artefacts[result.plan] = built
+    store = FOLDER / f"{model}-singles" / "store"
+    prepared = prepare(spec_of(folder_of(model), "compositions"), store=store)
+    turns = Turns(prepared, Settings(run_root=FOLDER / f"{model}-turns", store_root=store), artefacts)
+    turns.go(only=(prepared.space.unchanged(), None))
+    return turns.found
 
 
 # ---------------------------------------------------------------- comparing
@@ -238,7 +295,7 @@ def as_markdown(kept: Mapping[str, Any]) -> str:
     points = {}
     for model, runs in kept["models"].items():
         if set(ARMS) <= set(runs):
-            points[model] = {arm: [Point(**{**p, "loss_nats": tuple(p["loss_nats"])}) for p in runs[arm]["points"]] for arm in ARMS}  # fmt: skip
+            points[model] = {arm: kept_points(runs, arm) for arm in ARMS}
             found[model] = compared(points[model]["singles"], points[model]["compositions"])
     lines = [
         "| model | plans measured | size × perplexity | seconds × perplexity | all three | dominated at the same size | at the same speed |",
@@ -263,6 +320,18 @@ def as_markdown(kept: Mapping[str, Any]) -> str:
                     f"| {model}, {arm} | {p.plan} | {p.size:.3f} | {p.speed:.3f} | {p.perplexity:.4f} | {p.build_s:.0f} s |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def kept_points(runs: Mapping[str, Any], arm: str) -> list[Point]:
+    """Return the points of one run, with their speed in turns where they were timed so."""
+    found = []
+    for kept in runs[arm]["points"]:
+        point = Point(**{**kept, "loss_nats": tuple(kept["loss_nats"])})
+        if timed := runs.get("turns", {}).get(point.plan):
+            speed, low, high, tokens = timed
+            point = replace(point, speed=speed, speed_low=low, speed_high=high, tokens_per_s=tokens)
+        found.append(point)
+    return found
 
 
 def _volumes(told: Mapping[str, float]) -> str:
@@ -302,11 +371,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.again:
         for model, arm in runs:
             shutil.rmtree(FOLDER / f"{model}-{arm}", ignore_errors=True)
-            kept["models"].get(model, {}).pop(arm, None)
+            kept["models"].pop(model, None)
     for number, (model, arm) in enumerate(runs, start=1):
         if arm not in kept["models"].get(model, {}):
             print(f"[{number} of {len(runs)}] {model}, {arm}: about 4 to 8 minutes", flush=True)
             kept["models"].setdefault(model, {})[arm] = planned(model, arm, FOLDER / f"{model}-{arm}")
+            kept["models"][model].pop("turns", None)
+            write(kept)
+    for model in dict.fromkeys(model for model, _ in runs):
+        if "turns" not in kept["models"][model]:
+            print(f"{model}: all plans in turns, about 3 minutes", flush=True)
+            kept["models"][model]["turns"] = in_turns(model)
             write(kept)
     write(kept)
     print(as_markdown(kept))
