@@ -199,7 +199,9 @@ def in_turns(model: str) -> dict[str, list[float]]:
             if built is not None and result.measurement and not result.measurement.failure:
                 artefacts[result.plan] = built
     store = FOLDER / f"{model}-singles" / "store"
-    prepared = prepare(spec_of(folder_of(model), "compositions"), store=store)
+    spec = spec_of(folder_of(model), "compositions")
+    patient = replace(spec, limits=replace(spec.limits, time_per_candidate_s=1800.0))  # all stay open until the end
+    prepared = prepare(patient, store=store)
     turns = Turns(prepared, Settings(run_root=FOLDER / f"{model}-turns", store_root=store), artefacts)
     turns.go(only=(prepared.space.unchanged(), None))
     return turns.found
