@@ -29,7 +29,6 @@ workload: {{prompt_tokens: 16, output_tokens: 4}}
 budgets: {{quality_loss: {loss}}}
 objectives: [artefact_size, quality_loss]
 techniques: {{only: [weight_gguf]}}
-engines: [transformers, llama_cpp]
 search: {{effort: quick, time_limit: 5 min, max_measured: 3}}
 limits: {{memory: {memory}, time_per_candidate: 60 s, disk: {disk}}}
 """
