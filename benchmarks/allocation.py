@@ -49,9 +49,7 @@ UNIFORM = ("2", "3", "4", "8")
 BETWEEN = (3.0, 4.0)  # bits for each weight that no uniform setting meets
 WINDOWS, TOKENS = 8, 512  # of held-out text
 BLOCK_WINDOWS = 64  # for block types, of which some lose a few thousandths
-MEASURED_TOKENS = (
-    512  # of calibration text that sensitivities are measured on; those of block types on as many as in a build
-)
+MEASURED_TOKENS = 512  # that sensitivities are measured on; those of block types on as many as in a build
 MEASURING_S = 3600.0  # more than it takes: every option of each matrix is measured
 SPEEDS = (1.25, 1.5, 2.0, 3.0)
 SOLVER = "solver: 80 layers of 7 matrices of 20 options"

@@ -239,18 +239,16 @@ def _building(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> A
     import numpy as np
 
     low, mid, high = (float(np.mean(getattr(priced.figures["build_s"], end)[chosen])) for end in ("low", "mid", "high"))
-    chooses = [
-        any(hasattr(techniques.get(step.technique), "options") for step in priced.plans[i].steps) for i in chosen
-    ]
-    choosing = choosing_s(spec) * float(
-        np.mean(chooses)
-    )  # at most: small models take less, and plans that begin alike share it
+    plans = [priced.plans[i] for i in chosen]
+    choosing = choosing_s(spec) * sum(map(_chooses, plans)) / len(plans)  # at most: plans that begin alike share it
     mid, high = mid + choosing / 2, high + choosing
     log_sd = max(0.3, math.log(max(high, 1e-9) / max(low, 1e-9)) / (2 * Z))
-    because = "predicted for the plans on the front" + (
-        ", measuring what they choose from among it" if choosing else ""
-    )
+    because = "predicted for the plans on the front" + (", with measuring what they choose from" if choosing else "")
     return around(mid, log_sd, learned.of("build"), because)
+
+
+def _chooses(plan: Plan) -> bool:
+    return any(hasattr(techniques.get(step.technique), "options") for step in plan.steps)
 
 
 def choosing_s(spec: Spec) -> float:

@@ -57,7 +57,7 @@ EVIDENCE: tuple[Evidence, ...] = ()
 # 5 bits, on the shipped model (benchmarks/allocation.py).
 _WORTH = 0.4
 # The published type whose losses are told by bits alone, so that more bits never lose more.
-_PUBLISHED = {"k": "q4_k_s", "all": "iq4_xs"}
+_PRICED_AS = {"k": "q4_k_s", "all": "iq4_xs"}
 
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
@@ -88,7 +88,7 @@ def rewrite(demand: Demand, *, average_bits: float, types: str) -> Demand:
     Measuring the sensitivities is not in it: it is done once for a model and the steps before, not for a plan.
     """
     average_bits = max(average_bits, _average(demand.model, TYPES[types][0]))  # steps before may have narrowed rows
-    demand = loss_after(demand, "gguf", type=_PUBLISHED[types], bits=average_bits + _WORTH)
+    demand = loss_after(demand, "gguf", type=_PRICED_AS[types], bits=average_bits + _WORTH)
     demand = weight_gguf.written(demand, _nearest(average_bits, types), average_bits, average_bits)
     why = f"weights in types of {average_bits:.3g} bits on average, tables among them, more where it matters most"
     return demand.but(because=(*demand.because, why))
