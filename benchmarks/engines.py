@@ -414,8 +414,9 @@ def spec_of(subject: single.Subject, question: Question, names: Iterable[str], m
 
     folder = subject.folder()
     speed = "tpot_p50" if question.batch == 1 else "throughput"
+    rest = [] if question.quality_loss else ["quality_loss" if subject.quality else "artefact_size"]
     return specs.from_mapping({
-        "model": str(folder), "objectives": [speed, "quality_loss" if subject.quality else "artefact_size"],
+        "model": str(folder), "objectives": [speed, *rest],
         "workload": {"prompt_tokens": subject.prompt_tokens, "output_tokens": subject.output_tokens, "concurrency": question.batch},
         **({"budgets": {"quality_loss": {"max": question.most_lost}}} if question.quality_loss else {}),
         "quality": {"data": str(subject.heldout(folder))}, "calibration": {"data": str(bundled("calib")), "samples": subject.samples},

@@ -12,6 +12,8 @@ from knowledge_base.metrics import METRICS, find_metric
 from knowledge_base.types import Budget, Estimate, Plan
 from planner.results import ParetoSet, PlanResult, Rejection, Verdict
 
+NEAR = 1.5  # times as slow as the front, that a plan may be when screened and be on it in turns
+TIMED_RESOURCES = ("computation", "energy", "money")  # what metrics of these say depends on when they were measured
 TIE = 0.03  # figures closer than this share are equal for a recommendation: the next objective decides
 
 
@@ -30,24 +32,57 @@ def value_of(result: PlanResult, label: str) -> float | None:
 
 
 def mark_front(results: Sequence[PlanResult], objectives: Sequence[str]) -> list[PlanResult]:
-    """Return the results with `on_front` set: undominated among the feasible ones, or among all when none is."""
+    """Return the results with `on_front` set: undominated among the feasible ones, or among all when none is.
+
+    A finalist is dominated by finalists alone: the others' figures were taken at other times, maybe quicker ones.
+    """
     import numpy as np
 
     from search.pareto import front
 
-    def cost(result: PlanResult) -> list[float] | None:
-        row = []
-        for label in objectives:
-            value = value_of(result, label)
-            if value is None:
-                return None
-            row.append(value if find_metric(label)[0].better == "lower" else -value)
-        return row
-
-    costs = {i: row for i, r in enumerate(results) if not failed(r) and (row := cost(r)) is not None}
-    feasible = [i for i in costs if results[i].feasible] or list(costs)
-    chosen = {feasible[k] for k in front(np.array([costs[i] for i in feasible]))} if feasible else set()
+    values = _values(results, objectives)
+    field = [i for i in values if results[i].feasible] or list(values)
+    signs = np.array([1.0 if find_metric(label)[0].better == "lower" else -1.0 for label in objectives])
+    chosen = {
+        among[k]
+        for among in (field, [i for i in field if results[i].finalist])
+        if among
+        for k in front(signs * np.array([values[i] for i in among]))
+    }
     return [replace(r, on_front=i in chosen) for i, r in enumerate(results)]
+
+
+def contenders(results: Sequence[PlanResult], objectives: Sequence[str]) -> list[PlanResult]:
+    """Return the results that may be on the front once all are measured in turns, likeliest first.
+
+    Those on it; then those that are off it by times and energies up to NEAR times too large: they were measured minutes
+    apart, and a shared machine is that much slower for a while.
+    """
+    import numpy as np
+
+    from search.pareto import shortfall
+
+    values = _values(results, objectives)
+    if not values:
+        return []
+    metrics = [find_metric(label)[0] for label in objectives]
+    signs = np.array([1.0 if m.better == "lower" else -1.0 for m in metrics])
+    timed = np.array([m.resource in TIMED_RESOURCES and m.name != "build_s" for m in metrics])
+    costs = np.array(list(values.values()))
+    costs[:, timed] = np.log(np.maximum(costs[:, timed], np.finfo(float).tiny))
+    short = np.maximum(shortfall(signs * costs, timed), 0.0)
+    order = [k for k in np.argsort(short, kind="stable") if short[k] <= np.log(NEAR)]
+    return [results[list(values)[k]] for k in order]
+
+
+def _values(results: Sequence[PlanResult], objectives: Sequence[str]) -> dict[int, list[float]]:
+    """Return the objectives' values of the results that have them all, by their place."""
+    found = {}
+    for i, result in enumerate(results):
+        values = [value_of(result, label) for label in objectives]
+        if not failed(result) and None not in values:
+            found[i] = [float(v) for v in values if v is not None]
+    return found
 
 
 def recommend(results: Sequence[PlanResult], objectives: Sequence[str]) -> PlanResult | None:

@@ -29,7 +29,7 @@ BUILD_SHARE = 0.1  # of the time limit, that building one candidate may be predi
 CHOOSING_SHARE = 0.15  # of it, that measuring what a step can choose from may take, or LEAST_CHOOSING_S
 LEAST_CHOOSING_S = 10.0
 FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
-FINALISTS = 3
+FEWEST_FINALISTS, MOST_FINALISTS = 3, 8
 OVERRUN_S = 30.0  # by which a run may pass its time limit: a candidate is stopped, the answer is written
 
 # Priors, of the two cores the demo ran on.
@@ -192,7 +192,9 @@ def foresee(
     stages["measure"] = _times(measure, ends, room_s)
     rounds = SEARCH_S + ROUND_S * count / 2
     stages["search"] = around(rounds, 0.8, learned.of("search"), "pricing plans and fitting corrections")
-    finals_s = _finals_s(spec, priced, likely, count) if finals_reserve_s(spec) else 0.0
+    latency_s = float(priced.figures["latency_s"].mid[likely].mean())
+    finalists = min(count, finalists_in(search.effort, latency_s, finals_reserve_s(spec)))
+    finals_s = _finals_s(search.effort, latency_s, finalists) if finals_reserve_s(spec) else 0.0
     stages["finals"] = around(finals_s, 0.6, learned.of("finals"), "finalists in turns")
     stages = {name: stages[name] for name in STAGES}
     wall = _sum(list(stages.values()))
@@ -204,10 +206,10 @@ def foresee(
         "candidates": candidates,
         "wall_s": wall,
         "peak_memory_bytes": around(
-            _tree_bytes(priced, unchanged, likely, learned), 0.35, learned.of("peak_memory_bytes"),
+            _tree_bytes(priced, unchanged, likely, finalists, learned), 0.35, learned.of("peak_memory_bytes"),
             "the planner, its fork servers, and the largest build or the finalists side by side",
         ),
-        "peak_device_bytes": _device(priced, unchanged, likely, learned),
+        "peak_device_bytes": _device(priced, unchanged, likely, finalists, learned),
         "disk_bytes": _disk(spec, priced, unchanged, likely, (1 + fewest, 1 + count, 1 + greatest), learned, first in known),
         "download_bytes": _exactly(download_bytes, "the model's files on the hub" if download_bytes else "nothing is fetched"),
     }  # fmt: skip
@@ -219,6 +221,20 @@ def finals_reserve_s(spec: Spec) -> float:
     from planner.load.candidates import driven
 
     return 0.0 if driven(spec.workload, spec.budgets) else FINALIST_SHARE * spec.search.time_limit_s
+
+
+def finalists_in(effort: str, latency_s: float, room_s: float) -> int:
+    """Return how many finalists can be timed beside the unchanged model in every round of turns, in so many seconds.
+
+    Args:
+        latency_s: the mean of a request to one of them.
+    """
+    from planner.measuring import PROTOCOLS
+
+    protocol = PROTOCOLS[effort]
+    rounds_s = protocol.blocks * (latency_s + max(latency_s, protocol.block_s))
+    plans = min(protocol.blocks_s / rounds_s, room_s / (rounds_s + PROCESS_S / 2))
+    return max(FEWEST_FINALISTS, min(MOST_FINALISTS, int(plans) - 1))
 
 
 def _likely(spec: Spec, priced: Priced) -> np.ndarray:
@@ -289,12 +305,10 @@ def _measuring_s(effort: str, workload: Workload, latency_s: Any, ttft_s: Any) -
     return PROCESS_S + requests_s + ttft_s * windows * tokens / workload.prompt_tokens
 
 
-def _finals_s(spec: Spec, priced: Priced, likely: np.ndarray, count: int) -> float:
+def _finals_s(effort: str, latency_s: float, finalists: int) -> float:
     from planner.measuring import PROTOCOLS
 
-    protocol = PROTOCOLS[spec.search.effort]
-    latency_s = float(priced.figures["latency_s"].mid[likely].mean())
-    plans = 1 + min(FINALISTS, count)
+    protocol, plans = PROTOCOLS[effort], 1 + finalists
     blocks_s = protocol.blocks * plans * (latency_s + max(latency_s, protocol.block_s))
     return plans * PROCESS_S / 2 + min(blocks_s, protocol.blocks_s)
 
@@ -316,29 +330,30 @@ def _building_bytes(model: Any, plan: Plan) -> float:
     return FRAMEWORK_BYTES + loaded + max(beside, default=PROCESS_BYTES)
 
 
-def _tree_bytes(priced: Priced, unchanged: Priced, likely: np.ndarray, learned: Experience) -> float:
+def _tree_bytes(priced: Priced, unchanged: Priced, likely: np.ndarray, finalists: int, learned: Experience) -> float:
     servers = len({priced.plans[i].engine for i in likely} | {unchanged.plans[0].engine})
     plans = [unchanged.plans[0], *(priced.plans[i] for i in likely)]
     usual = statistics.median(learned.of("build memory") or (1.0,))
     build = usual * max(_building_bytes(priced.problem.model, plan) for plan in plans) - FRAMEWORK_BYTES
     on_device = priced.problem.hardware.device.kind == "gpu"
-    serve = (1 + FINALISTS) * RUNTIME_BYTES + (0 if on_device else _finalists_bytes(priced, unchanged, likely))
+    serving = 0.0 if on_device else _finalists_bytes(priced, unchanged, likely, finalists)
+    serve = (1 + finalists) * RUNTIME_BYTES + serving
     return PLANNER_BYTES + FRAMEWORK_BYTES + servers * RUNTIME_BYTES + max(build, serve)
 
 
-def _finalists_bytes(priced: Priced, unchanged: Priced, likely: np.ndarray) -> float:
-    """Return weights and cache of the unchanged model and the finalists, open at the same time."""
+def _finalists_bytes(priced: Priced, unchanged: Priced, likely: np.ndarray, finalists: int) -> float:
+    """Return weights and cache of the unchanged model and the finalists, the largest, open at the same time."""
     import numpy as np
 
     own = priced.figures["weights_bytes"].mid[likely] + priced.figures["kv_cache_bytes"].mid[likely]
     first = unchanged.figures["weights_bytes"].mid[0] + unchanged.figures["kv_cache_bytes"].mid[0]
-    return float(first + np.sort(own)[-FINALISTS:].sum())
+    return float(first + np.sort(own)[::-1][:finalists].sum())
 
 
-def _device(priced: Priced, unchanged: Priced, likely: np.ndarray, learned: Experience) -> Amount:
+def _device(priced: Priced, unchanged: Priced, likely: np.ndarray, finalists: int, learned: Experience) -> Amount:
     if priced.problem.hardware.device.kind != "gpu":
         return _exactly(0.0, "no plan runs on a GPU here")
-    prior = 1.2 * _finalists_bytes(priced, unchanged, likely)
+    prior = 1.2 * _finalists_bytes(priced, unchanged, likely, finalists)
     return around(prior, 0.35, learned.of("peak_device_bytes"), "weights and caches of the finalists, side by side")
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem, Terminated
@@ -17,7 +18,7 @@ from knowledge_base.serde import digest, plain
 from knowledge_base.types import Estimate, Measurement, Plan
 from planner import answering
 from planner.downloading import Download
-from planner.foreseeing import BUILD_SHARE, FINALISTS, experience, finals_reserve_s, foresee
+from planner.foreseeing import BUILD_SHARE, experience, finalists_in, finals_reserve_s, foresee
 from planner.judging import judge
 from planner.predicting import infeasible, learned, predicted, prices, problem_of, search_plans, spec_facts, versions
 from planner.preparing import Prepared, in_part, memory_limit_bytes, prepare, told_in_part
@@ -291,15 +292,13 @@ class Run:
         possible = [
             replace(r, verdicts=()) for r in results if all(v.outcome != "not met" for v in answering.errors(r))
         ]
-        front = [
-            r.plan
-            for r in answering.mark_front(possible or results, self.spec.objectives)
-            if r.on_front or len(results) == 2
-        ]
+        near = results if len(results) == 2 else answering.contenders(possible or results, self.spec.objectives)
         baseline = self.baseline
-        chosen = [p for p in dict.fromkeys([*([best.plan] if best else []), *front]) if p != baseline][:FINALISTS]
+        chosen = [p for p in dict.fromkeys(r.plan for r in (*([best] if best else []), *near)) if p != baseline]
         if not chosen:
             return
+        latency_s = fmean(self.known.records[p].measurement.figures["latency_s"].value for p in (baseline, *chosen))
+        chosen = chosen[: finalists_in(self.spec.search.effort, latency_s, self.time_left())]
         self.progress.stage("finalists")
         self.progress.line(f"finalists, interleaved with the unchanged model: {', '.join(p.id for p in chosen)}")
         with self._timed("finals"):

@@ -27,6 +27,31 @@ def front(costs: np.ndarray) -> np.ndarray:
     return np.array(sorted(kept), dtype=int)
 
 
+def shortfall(costs: np.ndarray, loose: np.ndarray) -> np.ndarray:
+    """Return (plans,): how much less all loose costs of a row would have to be at once for no other row to be better.
+
+    Negative for the undominated, where it is what they may lose. Where no cost is loose, infinite for the dominated.
+
+    Args:
+        costs: (plans, objectives), smaller is better, finite; the loose ones as logarithms where shares matter.
+        loose: (objectives,) of bool.
+
+    >>> shortfall(np.array([[1.0, 5.0], [2.0, 6.0], [3.0, 4.0]]), np.array([True, False])).tolist()
+    [-inf, 1.0, -inf]
+    """
+    costs = np.asarray(costs, dtype=float)
+    found = np.full(len(costs), -np.inf)
+    for i, row in enumerate(costs):
+        others = np.delete(costs, i, axis=0)
+        firm = np.all(others[:, ~loose] <= row[~loose], axis=1)
+        if loose.any():
+            needed = (row[loose] - others[:, loose]).min(axis=1)
+        else:
+            needed = np.where(np.any(others < row, axis=1), np.inf, -np.inf)
+        found[i] = needed[firm].max(initial=-np.inf)
+    return found
+
+
 def hypervolume(costs: np.ndarray, reference: np.ndarray) -> float:
     """Return the volume dominated by `costs` and bounded by `reference` (Zitzler & Thiele 1998).
 

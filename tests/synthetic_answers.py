@@ -94,7 +94,7 @@ def result_of(number: int, draw: random.Random) -> PlanResult:
     ratios = {name: exact(1.0) for name in figures} if number == 0 else {}
     if number == 1:
         ratios = {"tpot_s": Figure(value=0.2, low=0.18, high=0.22, n=9, statistic="ratio")}
-    return PlanResult(plan=plan, estimate=estimate, measurement=measurement, ratios=ratios, finalist=bool(ratios))
+    return PlanResult(plan=plan, estimate=estimate, measurement=measurement, ratios=ratios, finalist=number == 1)
 
 
 def stamp(second: float) -> str:

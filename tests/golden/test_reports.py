@@ -87,7 +87,7 @@ def test_report_is_as_accepted(name: str) -> None:
 
 
 def test_a_plan_has_the_same_mark_in_every_report() -> None:
-    many = synthetic_answers.answer(40)
+    many = synthetic_answers.answer(50)
     page, text, table = html.render(many), markdown.render(many), terminal.render(many, width=240)
     assert set(re.findall(r'href="#s-([^"]+)"', page)) <= set(re.findall(r'<symbol id="s-([^"]+)"', page))
     kinds = {_table.kind(r, many) for r in many.results}

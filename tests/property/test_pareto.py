@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from search.pareto import front, hypervolume, knee
+from search.pareto import front, hypervolume, knee, shortfall
 
 COSTS = hnp.arrays(
     float, st.tuples(st.integers(1, 12), st.integers(1, 3)), elements=st.integers(0, 6).map(float)
@@ -43,3 +43,20 @@ def test_a_new_point_never_shrinks_the_hypervolume(costs: np.ndarray) -> None:
 @given(COSTS)
 def test_the_knee_is_a_row(costs: np.ndarray) -> None:
     assert 0 <= knee(costs) < len(costs)
+
+
+@given(COSTS, st.data())
+def test_as_much_less_as_a_row_falls_short_and_no_other_is_better(costs: np.ndarray, data: st.DataObject) -> None:
+    loose = data.draw(hnp.arrays(bool, costs.shape[1]))
+    short = shortfall(costs, loose)
+    for i, row in enumerate(costs):
+        others = [other for k, other in enumerate(costs) if k != i]
+        surely = [other for other in others if np.all(other[~loose] <= row[~loose])]
+        if not np.isfinite(short[i]):
+            assert (short[i] < 0) == (
+                not any(dominates(other, row) for other in others) if not loose.any() else not surely
+            )
+            continue
+        less, more = (np.where(loose, row - short[i] + sign * 0.5, row) for sign in (-1, 1))
+        assert not any(dominates(other, less) for other in others)
+        assert any(np.all(other <= more) for other in others), "and no less would do"

@@ -61,6 +61,24 @@ def test_a_finalist_is_not_passed_over_for_a_figure_taken_while_the_machine_was_
     assert best and best.plan == slowed.plan
 
 
+def test_what_screening_left_a_little_behind_is_timed_in_turns_too() -> None:
+    """Times may change in turns, sizes and losses do not: SMALL's memory is nobody else's, `heavy` is nowhere near."""
+    nearly, heavy = result("nearly", 0.6, 95.0, 0.02), result("heavy", 0.9, 95.0, 0.03)
+    found = answering.contenders([BASELINE, heavy, nearly, FAST, SMALL], OBJECTIVES)
+    assert [r.plan for r in found] == [r.plan for r in (BASELINE, FAST, SMALL, nearly)]
+    assert not {heavy.plan, BASELINE.plan} & {
+        r.plan for r in answering.contenders([BASELINE, heavy, FAST], ("tpot_p50",))
+    }
+
+
+def test_a_finalist_is_on_the_front_of_finalists_whatever_was_taken_at_quicker_times() -> None:
+    first, second = (replace(result(n, t, 95.0, 0.03), finalist=True) for n, t in (("first", 0.6), ("second", 0.7)))
+    marked = answering.mark_front([BASELINE, FAST, first, second], OBJECTIVES)
+    assert [r.on_front for r in marked] == [True, True, True, False]
+    best = answering.recommend(marked, OBJECTIVES)
+    assert best and best.plan == first.plan
+
+
 def test_nothing_is_recommended_when_nothing_fits() -> None:
     marked = answering.mark_front([BROKEN], OBJECTIVES)
     assert answering.recommend(marked, OBJECTIVES) is None
