@@ -205,7 +205,7 @@ class Turns(bench.Grid):
         self.prepared = type("P", (), {"hardware": replace(TOY_MACHINE, memory_limit_bytes=2 * 10**9)})()  # type: ignore[assignment]
         self.known = type("K", (), {"records": {}})()  # type: ignore[assignment]
 
-    def _timed_together(self, validator: Any, base: Plan, plans: Any, batch: int) -> Any:
+    def _timed_together(self, validator: Any, base: Plan, plans: Any, batch: int, protocol: Any) -> Any:
         for plan in (base, *plans):
             if plan.words in self.fails:
                 raise bench._TurnFailed(plan, CandidateFailed("crashed", f"{plan.id}: segmentation fault"))
