@@ -40,9 +40,9 @@ from planner.store import Record
 METRICS = ("tpot_s", "ttft_s", "latency_s", "peak_memory_bytes")
 JUDGED = Programme(
     sizes={
-        "20M": {"hidden_size": 512, "layers": 8, "context_tokens": 512},
-        "60M": {"hidden_size": 768, "layers": 11, "context_tokens": 512},
-        "150M": {"hidden_size": 1280, "layers": 10, "context_tokens": 512},
+        "20M": {"hidden_size": 512, "layers": 8, "context_tokens": 512, "vocab_size": 544},
+        "60M": {"hidden_size": 768, "layers": 11, "context_tokens": 512, "vocab_size": 544},
+        "150M": {"hidden_size": 1280, "layers": 10, "context_tokens": 512, "vocab_size": 544},
     },
     workload=Workload(prompt_tokens=200, output_tokens=33),
     protocol=Protocol(requests=5, least_s=0.3, most_s=2.0),

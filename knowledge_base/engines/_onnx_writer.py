@@ -65,21 +65,28 @@ def unsupported(why: str) -> CandidateFailed:
 
 
 def _why_not(session: Session, bits: int | None) -> str | None:
-    config = session.model.config
+    model, config = session.model, session.model.config
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotation not in _ROTATIONS.get(config.model_type, ("default",)):
         return f"the builder does not know positions of type `{rotation}` for `{config.model_type}`"
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window and window < config.max_position_embeddings:
         return f"the builder leaves out the window of {window} tokens"
+    head = model.get_output_embeddings()
+    if taken := next((n for n, m in model.named_modules() if _outputs(m) == config.vocab_size and m is not head), None):
+        return f"the builder takes {taken} for the head: it is as wide as the vocabulary, {config.vocab_size}"
     if session.tokenizer is None:
         return "the builder needs the tokenizer's files"
-    dtype = str(session.model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     if bits is None and session.facts is not None and dtype != session.facts.weight_dtype:
         return (
             f"the steps made the weights {dtype}; ONNX Runtime's kernels for the CPU would store them in float32 again"
         )
     return None
+
+
+def _outputs(module: torch.nn.Module) -> int | None:
+    return getattr(module, "out_features", None)
 
 
 def _build(checkpoint: Path, folder: Path, cache: Path, precision: tuple[str, ...]) -> None:

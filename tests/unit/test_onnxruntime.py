@@ -364,3 +364,9 @@ def test_rows_that_make_an_odd_number_of_blocks_are_refused_before_anything_is_b
         why = weight_onnx.legal({"bits": bits}, model, TOY_WORKLOAD, TOY_MACHINE)
         assert (why is not None and "288" in why) == refused
     assert weight_onnx.legal({"bits": 4}, TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE) is None
+
+
+def test_a_matrix_as_wide_as_the_vocabulary_is_told_before_the_builder_takes_it_for_the_head(tmp_path) -> None:
+    session = session_in(tmp_path, vocab_size=512)
+    with pytest.raises(CandidateFailed, match="gate_proj for the head: it is as wide as the vocabulary, 512"):
+        engine.export(session, tmp_path / "artefact")
