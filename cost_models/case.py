@@ -21,7 +21,7 @@ from knowledge_base.errors import EnvironmentProblem
 from knowledge_base.registry import engines
 from knowledge_base.types import Device, Hardware, Reached, Workload
 
-CACHE_GAIN = 2.5  # how much faster weights are read that stay in the last cache between steps; own runs, 2026-11
+CACHE_GAIN = 3.0  # how much faster the last level of cache is read than memory; one core of a Zen 4 server, 2026-11
 # benchmarks/engines.json, the model of 394 M: eight requests at a time against prompts, median of 23 formats of four engines;
 # quartiles 0.24 and 0.6, llama.cpp's formats without repacked kernels the least.
 FEW_ROWS_SHARE = 0.43
@@ -68,7 +68,8 @@ class Rates:
     """What the machine gives each plan, as (plans,) arrays."""
 
     bytes_per_s: Any  # memory bandwidth with the plan's threads
-    weights_bytes_per_s: Any  # reached when reading weights in the plan's format
+    streamed_bytes_per_s: Any  # reached when reading weights in the plan's format out of memory
+    cached_share: Any  # of the weights, in the last level of cache from one step to the next
     kv_bytes_per_s: Any
     peak_flop_per_s: Any
     flop_per_s: Any  # reached in matrix products
@@ -86,6 +87,16 @@ class Rates:
     tied_ratio: Any
     copies_ratio: Any
     copies_log_sd: Any
+
+    @property
+    def weights_bytes_per_s(self) -> Any:
+        """Reached when reading weights in the plan's format, those in the cache included.
+
+        What the cache saves is the reading; unpacking takes as long as before, so a format gains the less the more of it
+        there is: 1 / (1 / streamed - cached share x (1 - 1 / CACHE_GAIN) / bandwidth), CACHE_GAIN x bandwidth at most.
+        """
+        saved = self.cached_share * (1 - 1 / CACHE_GAIN)
+        return self.bytes_per_s / np.maximum(self.bytes_per_s / self.streamed_bytes_per_s - saved, 1 / CACHE_GAIN)
 
 
 def case_of(nodes: Sequence[Node], workload: Workload, hardware: Hardware) -> Case:
@@ -130,9 +141,11 @@ def _rates(nodes: Sequence[Node], threads: np.ndarray, weights_bytes: np.ndarray
     held_ratio, tied_ratio, copies_ratio, copies_sd = np.array([astuple(found) for found in memory]).T[:, index]
     bandwidth, compute = _thread_shares(threads, device)
     bytes_per_s = device.memory_bytes_per_s * bandwidth
+    unpacking_s = np.maximum(1 / read - 1, 0) / device.memory_bytes_per_s  # for each byte, on all cores
     return Rates(
         bytes_per_s=bytes_per_s,
-        weights_bytes_per_s=bytes_per_s * read * _cache_gain(weights_bytes, device),
+        streamed_bytes_per_s=1 / (np.minimum(1 / read, 1) / bytes_per_s + unpacking_s / compute),
+        cached_share=_cached_share(weights_bytes, device),
         kv_bytes_per_s=bytes_per_s * kv,
         peak_flop_per_s=peak,
         flop_per_s=peak * flop * compute,
@@ -153,16 +166,15 @@ def _rates(nodes: Sequence[Node], threads: np.ndarray, weights_bytes: np.ndarray
     )
 
 
-def _cache_gain(weights_bytes: np.ndarray, device: Device) -> Any:
-    """Return (plans,): how much faster than memory the weights are read, 1 unless the cache holds most of them.
+def _cached_share(weights_bytes: np.ndarray, device: Device) -> Any:
+    """Return (plans,): the share of the weights that one step leaves in the last level of cache for the next.
 
     Weights are read in the same order for each step, so a cache that is too small by a half has lost each again before
     its turn comes; one that is larger by a third holds them all, whatever else passes through.
     """
     if not device.cache_bytes:
-        return 1.0
-    held = np.clip((1.5 - weights_bytes / device.cache_bytes) / 0.75, 0.0, 1.0)
-    return 1 / (1 - held + held / CACHE_GAIN)
+        return np.zeros_like(weights_bytes)
+    return np.clip((1.5 - weights_bytes / device.cache_bytes) / 0.75, 0.0, 1.0)
 
 
 def rates_row(
@@ -186,7 +198,7 @@ def rates_row(
             found.flop_log_sd, found.overhead_log_sd,
         )  # fmt: skip
     return (
-        shares.read_share(device.memory_bytes_per_s), peak, shares.flop_share(peak), costs.kernel_s, costs.step_s,
+        shares.read_share(device.memory_bytes_per_s, device.cores), peak, shares.flop_share(peak), costs.kernel_s, costs.step_s,
         *engines_own, costs.runtime_bytes, RUNTIME_LOG_SD, shares.log_sd, SHAPES_LOG_SD, costs.log_sd,
     )  # fmt: skip
 

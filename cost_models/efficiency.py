@@ -29,19 +29,28 @@ class Efficiency:
 
     `read_ratio` of the memory bandwidth when reading weights at batch 1, unpacking included, at 1 TB/s; `flop_ratio` of
     the rate of `rate_dtype` in prefill, at 100 Tflop/s; `log_sd` of both, in log space. Fast devices are harder to fill:
-    the shares go with bandwidth^-read_falls and rate^-flop_falls, 0 where they are the same at any.
+    the shares go with bandwidth^-read_falls and rate^-flop_falls, 0 where they are the same at any. Of a processor whose
+    memory gave each core `core_bytes_per_s` unpacking is told apart: it takes a core as long beside faster memory.
     """
 
     rate_dtype: str | None  # None: the plan's own compute dtype
     read_ratio: float
     read_falls: float
+    core_bytes_per_s: float | None
     flop_ratio: float
     flop_falls: float
     log_sd: float
     source: str
 
-    def read_share(self, bytes_per_s: float) -> float:
-        """Return the share of a memory's bandwidth reached when reading weights."""
+    def read_share(self, bytes_per_s: float, cores: int | None = None) -> float:
+        """Return the share of a memory's bandwidth reached when reading weights.
+
+            1 / (1 + (1 / read_ratio - 1) b)        b: bandwidth for each core, in core_bytes_per_s
+
+        on a processor, a byte taking the memory's time and then a core's; see `Efficiency` on others.
+        """
+        if self.core_bytes_per_s and cores:
+            return 1 / (1 + (1 / self.read_ratio - 1) * bytes_per_s / cores / self.core_bytes_per_s)
         return _share(self.read_ratio, self.read_falls, bytes_per_s / 1e12)
 
     def flop_share(self, flop_per_s: float) -> float:
@@ -104,6 +113,7 @@ def _efficiency(
         rate_dtype=row["rate_dtype"] or None,
         read_ratio=float(row["read_ratio"]),
         read_falls=_number(row["read_falls"]) or 0.0,
+        core_bytes_per_s=_number(row["core_bytes_per_s"]),
         flop_ratio=float(row["flop_ratio"]),
         flop_falls=_number(row["flop_falls"]) or 0.0,
         log_sd=float(row["log_sd"]),

@@ -142,7 +142,7 @@ def bent(case: Case, shifts: dict[str, Any]) -> Case:
         case,
         rates=replace(
             rates,
-            weights_bytes_per_s=rates.weights_bytes_per_s * np.exp(shifts.get("read", 0.0)),
+            streamed_bytes_per_s=rates.streamed_bytes_per_s * np.exp(shifts.get("read", 0.0)),
             flop_per_s=rates.flop_per_s * np.exp(shifts.get("flop", 0.0)),
             kernel_s=rates.kernel_s * overhead,
             step_s=rates.step_s * overhead,

@@ -11,7 +11,7 @@ from knowledge_base.metrics import METRICS
 from planner.forecast import Outlook
 
 RELIEF: Mapping[str, Mapping[str, float]] = {  # what twice as much of a thing does to the machine's rates
-    "memory bandwidth": {"bytes_per_s": 2, "weights_bytes_per_s": 2, "kv_bytes_per_s": 2},
+    "memory bandwidth": {"bytes_per_s": 2, "streamed_bytes_per_s": 2, "kv_bytes_per_s": 2},
     "arithmetic": {"flop_per_s": 2, "peak_flop_per_s": 2},
     "engine overhead": {"kernel_s": 0.5, "step_s": 0.5},
 }

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from cost_models.calibrate import conformal_quantile
-from cost_models.case import CACHE_GAIN, _cache_gain, case_of
-from cost_models.demand import Node, demand_of
+from cost_models.case import CACHE_GAIN, _cached_share, case_of
+from cost_models.demand import Node, chains, demand_of
+from cost_models.efficiency import efficiency
 from cost_models.error_report import spearman
 from cost_models.predict import estimate_many
 from cost_models.roofline import causal_pairs, memory_parts, power_w, rows_worth
@@ -75,11 +76,34 @@ def test_rank_correlation_sees_only_order(values: list[int]) -> None:
 
 
 @given(st.floats(1e3, 1e12), st.floats(1e3, 1e12))
-def test_a_cache_only_helps_and_helps_small_models_most(first: float, second: float) -> None:
+def test_a_cache_holds_most_of_the_smallest_models(first: float, second: float) -> None:
     machine = replace(TOY_MACHINE.device, cache_bytes=32 * 2**20)
-    small, large = _cache_gain(np.array(sorted((first, second))), machine)
-    assert 1.0 <= large <= small <= CACHE_GAIN * (1 + 1e-12)
-    assert np.all(_cache_gain(np.array([1e3, 1e12]), TOY_MACHINE.device) == 1.0)
+    small, large = _cached_share(np.array(sorted((first, second))), machine)
+    assert 0.0 <= large <= small <= 1.0
+    assert not np.any(_cached_share(np.array([1e3, 1e12]), TOY_MACHINE.device))
+
+
+@given(share=st.floats(0, 1), first=st.floats(0.01, 3), second=st.floats(0.01, 3))
+def test_a_cache_only_helps_and_what_is_unpacked_longest_least(share: float, first: float, second: float) -> None:
+    rates = case_of([chains(TOY_MODEL, TOY_WORKLOAD).node(PLAN)], TOY_WORKLOAD, TOY_MACHINE).rates
+    slow, fast = sorted((first, second))
+    streamed = rates.bytes_per_s * np.array([slow, fast])
+    reached = replace(rates, streamed_bytes_per_s=streamed, cached_share=share).weights_bytes_per_s
+    assert np.all(reached >= np.minimum(streamed, CACHE_GAIN * rates.bytes_per_s) * (1 - 1e-12))
+    assert np.all(reached <= CACHE_GAIN * rates.bytes_per_s * (1 + 1e-12))
+    if fast <= 1:  # beyond, both may be read as fast as the cache
+        assert reached[0] / streamed[0] <= reached[1] / streamed[1] * (1 + 1e-12)
+
+
+@given(ratio=st.floats(0.01, 0.99), first=st.floats(1e8, 1e12), second=st.floats(1e8, 1e12), cores=st.integers(1, 64))
+def test_faster_memory_or_more_cores_read_no_slower(ratio: float, first: float, second: float, cores: int) -> None:
+    shares = replace(
+        efficiency("llama_cpp", "q4_k", False, "cpu", frozenset()), read_ratio=ratio, core_bytes_per_s=15e9
+    )
+    slow, fast = sorted((first, second))
+    assert slow * shares.read_share(slow, cores) <= fast * shares.read_share(fast, cores) * (1 + 1e-12)
+    assert shares.read_share(fast, cores) <= shares.read_share(fast, 2 * cores) <= 1
+    assert np.isclose(shares.read_share(15e9 * cores, cores), ratio)
 
 
 @given(rows=st.floats(1, 5000), more=st.floats(0, 5000), share=st.floats(0.05, 1.0), routed=st.floats(0.01, 1.0))

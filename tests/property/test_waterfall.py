@@ -130,7 +130,7 @@ def test_what_binds_follows_the_machine() -> None:
     alone = replace(TOY_WORKLOAD, concurrency=1)
     bounds = {}
     for name, faster in {
-        "arithmetic-bound": replace(device, memory_bytes_per_s=1e18),
+        "arithmetic-bound": replace(device, memory_bytes_per_s=1e18, cores=None),  # nor unpacks on any
         "read-bound": replace(device, flop_per_s=dict.fromkeys(device.flop_per_s, 1e21)),
     }.items():
         fall = waterfall(priced(machine=replace(TOY_MACHINE, devices=(faster,)), workload=alone))

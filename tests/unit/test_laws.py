@@ -58,11 +58,14 @@ def test_bandwidth_rate_and_floor_of_a_known_machine_are_found() -> None:
 def test_a_model_ten_times_larger_is_predicted_as_the_issue_asks(metric: str, within: float) -> None:
     real = truth(HUGE, SLOWER)[metric]
     before = estimate_many(plans(HUGE), HUGE, LOAD, TOY_MACHINE)[metric]
-    after = estimate_many(plans(HUGE), HUGE, LOAD, with_laws(calibrated()))[metric]
-    assert np.median(np.abs(after.mid / real - 1)) < within
-    assert np.median(np.abs(after.mid / real - 1)) < np.median(np.abs(before.mid / real - 1))
-    assert np.mean((after.low <= real) & (real <= after.high)) >= 0.6  # 80 % are promised, of six plans here
-    assert np.median(after.high / after.low) < np.median(before.high / before.low)
+    held = []
+    for seed in range(5):
+        after = estimate_many(plans(HUGE), HUGE, LOAD, with_laws(calibrated(seed)))[metric]
+        assert np.median(np.abs(after.mid / real - 1)) < within
+        assert np.median(np.abs(after.mid / real - 1)) < np.median(np.abs(before.mid / real - 1))
+        assert np.median(after.high / after.low) < np.median(before.high / before.low)
+        held += list((after.low <= real) & (real <= after.high))
+    assert np.mean(held) >= 0.7  # 80 % are promised
 
 
 def test_a_floor_is_not_taken_for_a_slow_memory() -> None:
