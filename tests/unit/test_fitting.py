@@ -70,7 +70,8 @@ def test_a_budget_of_time_asks_for_the_speed_that_is_lacking():
     steps = by_choice(added(at_most("tpot_s", limit), model=LARGE))
     assert steps["bits"] == mixed(4.5, speedup=2.0) and steps["everything"] == mixed(3.5, "everything", 2.0)
     half = added(at_most("tpot_s", 0.5, relative=True), model=LARGE, only="prune_to_speed")
-    assert half == [Step("prune_to_speed", {"speedup": 2.05})]  # what a step does besides takes its share
+    (step,) = half
+    assert 2.0 < step.knobs["speedup"] <= 2.15  # what a step does besides takes its share
     rate = 1.97 * predicted(None, "throughput_tokens_per_s", LARGE)
     fast = added(Budget(metric="throughput_tokens_per_s", statistic="mean", bound="min", value=rate), model=LARGE)
     assert by_choice(fast)["bits"].knobs["speedup"] >= 2.0

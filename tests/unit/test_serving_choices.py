@@ -165,7 +165,7 @@ def test_slots_trade_the_wait_for_a_turn_for_slower_tokens() -> None:
     capacity = 1 / idle["latency_s"]
     workload = replace(ARRIVING, requests_per_s=0.8 * capacity)
     one, four = figures(workload), figures(workload, SLOTS)
-    assert four["ttft_s"] < 1.6 * idle["ttft_s"] < 0.5 * one["ttft_s"]  # nor does it wait for a batch to end
+    assert four["ttft_s"] < 2.0 * idle["ttft_s"] < 0.5 * one["ttft_s"]  # nor does it wait for a batch to end
     assert four["tpot_s"] > one["tpot_s"]
     beyond = replace(ARRIVING, requests_per_s=1.2 * capacity)
     assert figures(beyond)["ttft_s"] == float("inf") > figures(beyond, SLOTS)["ttft_s"]
