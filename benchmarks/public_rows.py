@@ -470,6 +470,7 @@ def _observed(rows: Sequence[Row]) -> Observed:
         link_bytes_per_s=np.where(np.isnan(link) | (of("pcie") > 0), NO_LINK_BYTES_PER_S, link), power_w=fact("tdp_w"),
         vocab_size=of("shape", "head_params") / of("shape", "hidden_size"),
         vector_flop_per_s=np.array([vector_rate(rate, features_of(row.device)) for rate, row in zip(np.nan_to_num(fact("float32_flop_per_s"), nan=np.inf), rows)]),
+        idle_w=fact("idle_w"),
     )  # fmt: skip
     return Observed(
         deployments=deployments, quantity=np.array([row.metric for row in rows]), value=of("value"),

@@ -318,7 +318,7 @@ class _Serving:
     def _watts(self, shared: queueing.Shared, counts: np.ndarray, each: np.ndarray) -> float:
         """Return mean watts: those at each number of running requests, weighted by how often they run."""
         busy = np.broadcast_to(serving.power_w(_columns(self._at(counts)), self.law, each), counts.shape)
-        by_count = np.concatenate([[self.d.devices * self.d.power_w * serving.IDLE_SHARE], busy])
+        by_count = np.concatenate([[self.d.devices * self.d.idle_power_w], busy])
         return float(shared.at @ by_count[np.minimum(np.arange(len(shared.at)), len(by_count) - 1)])
 
     # ------------------------------------------------------------ values

@@ -98,6 +98,12 @@ class Deployments:
     power_w: Any  # cap of one device
     vocab_size: Any = 0.0
     vector_flop_per_s: Any = np.inf  # of one device, outside its matrix units
+    idle_w: Any = np.nan  # of one device; not a number where it is not known
+
+    @property
+    def idle_power_w(self) -> Any:
+        """Watts one device draws when nothing runs: its own where known, else a share of its cap."""
+        return np.where(np.isnan(self.idle_w), IDLE_SHARE * self.power_w, self.idle_w)
 
     @property
     def context_tokens(self) -> Any:
@@ -136,6 +142,7 @@ def deployment(demand: Demand, hardware: Hardware, *, devices: int = 1, clients:
         median_step=0.0, devices=float(devices), memory_bytes=float(device.memory_bytes), bytes_per_s=device.memory_bytes_per_s,
         flop_per_s=_rate(device, demand.compute_dtype), link_bytes_per_s=NO_LINK_BYTES_PER_S, power_w=device.busy_w or np.nan,
         vocab_size=float(model.vocab_size), vector_flop_per_s=vector_rate(device.flop_per_s.get("float32", np.inf), device.features),
+        idle_w=np.nan if device.idle_w is None else device.idle_w,
     )  # fmt: skip
 
 
@@ -329,14 +336,14 @@ def power_w(d: Deployments, law: Law, tpot_s: Any) -> Any:
     read = (read + batch * cache_bytes(d, d.context_tokens)) / (d.devices * d.bytes_per_s * tpot_s)
     flop = (2 * d.active_params + prompt_flop(d) / d.output_tokens) * batch / (d.devices * d.flop_per_s * tpot_s)
     busy = law["power_base"] + law["power_read"] * read + law["power_compute"] * flop
-    return d.devices * d.power_w * (IDLE_SHARE + (1 - IDLE_SHARE) * np.minimum(busy, 1.0))
+    return d.devices * (d.idle_power_w + (d.power_w - d.idle_power_w) * np.minimum(busy, 1.0))
 
 
 def energy_parts(d: Deployments, law: Law) -> Parts:
     """Return the parts of the joules for each generated token: what idle devices draw anyway, and activity."""
     mean = mean_tpot_s(d, law)
     each = mean / running(d, law)
-    idle = d.devices * d.power_w * IDLE_SHARE * each
+    idle = d.devices * d.idle_power_w * each
     return {"idle": idle, "activity": power_w(d, law, mean) * each - idle}
 
 

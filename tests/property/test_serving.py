@@ -13,6 +13,7 @@ from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 from cost_models.demand import demand_of
 from cost_models.serving import (
     COEFFICIENTS,
+    IDLE_SHARE,
     QUANTITIES,
     Deployments,
     cache_bytes,
@@ -109,6 +110,17 @@ def test_power_lies_between_idle_and_the_cap_and_energy_is_power_times_time(d: D
     watts, joules = predict("power", d, law), predict("energy", d, law)
     assert 0 < watts <= d.devices * d.power_w * SLACK
     assert np.isclose(joules, watts * mean_tpot_s(d, law) / running(d, law))
+
+
+@settings(deadline=None)
+@given(d=deployments(), law=laws, share=st.floats(0, 1))
+def test_idle_power_that_is_known_takes_the_place_of_a_share_of_the_cap(d: Deployments, law: dict, share: float) -> None:
+    known = replace(d, idle_w=share * d.power_w)
+    assert known.idle_power_w * (1 - 1e-9) <= predict("power", known, law) / d.devices <= d.power_w * SLACK
+    each = d.devices * mean_tpot_s(d, law) / running(d, law)
+    assert np.isclose(QUANTITIES["energy"](known, law)["idle"], known.idle_power_w * each)
+    same = replace(d, idle_w=IDLE_SHARE * d.power_w)
+    assert np.isclose(predict("energy", same, law), predict("energy", d, law))
 
 
 @given(quantity=st.sampled_from(sorted(QUANTITIES)), family=st.sampled_from((*FAMILIES, "never seen")))

@@ -102,6 +102,18 @@ def test_devices_split_the_model_of_a_law_and_copy_that_of_others(
     assert data(capsys, config, "--on", "4x h100-sxm", *sweep)["points"] == points
 
 
+def test_a_machines_own_idle_power_is_what_it_draws_between_requests(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path
+) -> None:
+    def joules(idle: str) -> float:
+        (tmp_path / "m.yaml").write_text(f"devices:\n  - {{like: h100-sxm, busy_w: 400 W{idle}}}\n")
+        flags = (config, "--on", str(tmp_path / "m.yaml"), "--engine", "vllm", "--requests-per-s", "0.01")
+        return data(capsys, *flags)["predicted"]["values"]["energy_j_per_token"]["mid"]
+
+    low, high, unknown = joules(", idle_w: 1 W"), joules(", idle_w: 350 W"), joules("")
+    assert 20 * low < unknown < high / 5  # 12 % of 400 W where it is not known
+
+
 def test_waiting_is_a_part_of_the_first_token(capsys: pytest.CaptureFixture[str], config: str) -> None:
     facts = data(capsys, config, "--on", "rtx-4090", "--step", "weight_int4", "--concurrency", "8")
     waiting = next(part for part in facts["waterfall"]["prefill"] if part["bound"] == "waiting")
