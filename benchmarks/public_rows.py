@@ -95,6 +95,7 @@ class Shape:
     hidden_size: int
     attention_flop_per_pair: float
     cached_values_per_token: float  # in layers that see everything
+    cache_shards: float  # devices that can share them: key-value heads, 1 of latent attention
     window_values_per_token: float  # in layers with a sliding window
     window_tokens: float
     state_values: float  # recurrent state of one sequence
@@ -165,7 +166,8 @@ def _shape(row: dict[str, str]) -> Shape:
     return Shape(
         name=row["model"], layers=int(n["layers"]), hidden_size=int(n["hidden_size"]),
         attention_flop_per_pair=4 * n["attention_layers"] * n["heads"] * n["head_size"],
-        cached_values_per_token=values * (n["attention_layers"] - windowed), window_values_per_token=values * windowed,
+        cached_values_per_token=values * (n["attention_layers"] - windowed),
+        cache_shards=1.0 if "cached_values_per_layer" in n else n["kv_heads"] or np.inf, window_values_per_token=values * windowed,
         window_tokens=n.get("window_tokens", 1e12), state_values=n.get("state_values", 0.0), dense_params=dense, expert_params=experts, experts=int(n["experts"]),
         experts_active=int(n["experts_active"]), embedding_params=table, head_params=head,
         ffn_size=int(n["ffn_size"] or n["experts_active"] * n["expert_ffn_size"] + n["shared_ffn_size"]),
@@ -470,7 +472,7 @@ def _observed(rows: Sequence[Row]) -> Observed:
         link_bytes_per_s=np.where(np.isnan(link) | (of("pcie") > 0), NO_LINK_BYTES_PER_S, link), power_w=fact("tdp_w"),
         vocab_size=of("shape", "head_params") / of("shape", "hidden_size"),
         vector_flop_per_s=np.array([vector_rate(rate, features_of(row.device)) for rate, row in zip(np.nan_to_num(fact("float32_flop_per_s"), nan=np.inf), rows)]),
-        idle_w=fact("idle_w"),
+        idle_w=fact("idle_w"), cache_shards=of("shape", "cache_shards"),
     )  # fmt: skip
     return Observed(
         deployments=deployments, quantity=np.array([row.metric for row in rows]), value=of("value"),

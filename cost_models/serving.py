@@ -99,6 +99,12 @@ class Deployments:
     vocab_size: Any = 0.0
     vector_flop_per_s: Any = np.inf  # of one device, outside its matrix units
     idle_w: Any = np.nan  # of one device; not a number where it is not known
+    cache_shards: Any = np.inf  # devices that can share one sequence's cache: its key-value heads, 1 of latent attention
+
+    @property
+    def cache_copies(self) -> Any:
+        """How many times all devices together hold each key and value: more than once beyond `cache_shards` of them."""
+        return np.maximum(self.devices / self.cache_shards, 1.0)
 
     @property
     def idle_power_w(self) -> Any:
@@ -143,6 +149,7 @@ def deployment(demand: Demand, hardware: Hardware, *, devices: int = 1, clients:
         flop_per_s=_rate(device, demand.compute_dtype), link_bytes_per_s=NO_LINK_BYTES_PER_S, power_w=device.busy_w or np.nan,
         vocab_size=float(model.vocab_size), vector_flop_per_s=vector_rate(device.flop_per_s.get("float32", np.inf), device.features),
         idle_w=np.nan if device.idle_w is None else device.idle_w,
+        cache_shards=float(model.kv_heads or np.inf) if model.kv_values_per_layer is None else 1.0,
     )  # fmt: skip
 
 
@@ -235,9 +242,10 @@ def running(d: Deployments, law: Law) -> Any:
 
 
 def cache_bytes(d: Deployments, tokens: Any) -> Any:
-    """Return the bytes of cache and recurrent state one request holds at some context."""
+    """Return the bytes of cache and recurrent state one request holds at some context, on all devices together."""
     near = np.minimum(tokens, d.window_tokens)
-    return tokens * d.cache_bytes_per_token + near * d.window_bytes_per_token + d.state_bytes
+    held = tokens * d.cache_bytes_per_token + near * d.window_bytes_per_token
+    return d.cache_copies * held + d.state_bytes
 
 
 def exchange_s(d: Deployments, law: Law, tokens: Any) -> Any:

@@ -44,7 +44,7 @@ def deployments(draw: st.DrawFn) -> Deployments:
         dense_bytes=2 * dense, expert_bytes=routed, stored_bytes=2 * dense + routed, dense_params=dense, expert_params=routed,
         experts=float(experts), experts_active=float(min(experts, draw(st.integers(1, 8)))), layers=float(draw(st.integers(1, 126))),
         hidden_size=4096.0, ffn_size=14336.0, cache_bytes_per_token=draw(st.floats(0, 1e6)),
-        window_bytes_per_token=draw(st.floats(0, 1e6)), window_tokens=float(draw(st.integers(64, 8192))),
+        cache_shards=draw(st.sampled_from((1.0, 4.0, 8.0, np.inf))), window_bytes_per_token=draw(st.floats(0, 1e6)), window_tokens=float(draw(st.integers(64, 8192))),
         state_bytes=draw(st.floats(0, 1e8)), attention_flop_per_pair=draw(st.floats(0, 1e7)),
         batch=float(draw(st.integers(1, 512))), prompt_tokens=float(draw(st.integers(1, 32_000))),
         output_tokens=float(draw(st.integers(2, 8192))), clients=float(draw(st.booleans())), median_step=float(draw(st.booleans())),
@@ -91,6 +91,14 @@ def test_more_requests_never_cost_less_memory_or_time(d: Deployments, law: dict,
     for quantity in TIMES:
         assert predict(quantity, fuller, law) * SLACK >= predict(quantity, d, law), quantity
     assert running(d, law) <= running(fuller, law) <= fuller.batch
+
+
+@settings(deadline=None)
+@given(d=deployments(), tokens=st.integers(1, 10**6))
+def test_a_cache_is_shared_by_as_many_devices_as_it_has_heads(d: Deployments, tokens: int) -> None:
+    d = replace(d, state_bytes=0.0)
+    alone = cache_bytes(replace(d, devices=1.0), tokens)
+    assert np.isclose(cache_bytes(d, tokens) / d.devices, alone / min(d.devices, d.cache_shards))
 
 
 @settings(deadline=None)
