@@ -35,6 +35,9 @@ from knowledge_base.units import quote
 WEIGHTS = {
     "bf16": (16.0, "16"), "fp8": (8.0, "fp8"), "int8": (8.5, "8"), "int4": (4.15, "4"), "fp4": (4.5, "fp4"),
 }  # fmt: skip
+FORMATS = {  # parts of the names of formats that checkpoints come in: float8_e4m3fn, mxfp4, int3
+    "fp8": ("float8", "fp8"), "fp4": ("float4", "fp4"), "int8": ("int8", "int7", "int6", "int5"), "int4": ("int4", "int3", "int2"),
+}  # fmt: skip
 NARROW = {"fp8": ("fp8", 2.0), "fp4": ("int4", 4.0)}  # rates engines compute such weights at, and how much they gain
 CACHE_OF_ONE_BYTE = ("tensorrt_llm",)  # with weights of 8 bits or fewer, as in the rows its law was fitted to
 USUAL_KINDS = ("data centre",)  # what a law is of where nothing else is said
@@ -168,7 +171,7 @@ def _stored(
     elif weights is not None and weights not in WEIGHTS:
         raise BadInput(f"unknown weights {quote(weights)}", hint=f"one of: {', '.join(WEIGHTS)}", where="--weights")
     bits, weight_class = WEIGHTS[weights or stored]
-    bits = min(bits, own_bits) if weights is None else bits
+    bits = min(own_bits, 16.0) if weights is None else bits  # those that were counted, not those of the class
     wide = 2.0 / DTYPE_BYTES.get(model.weight_dtype, 2)  # embedding, head and norms keep 16 bits
     cache = 1.0 if family in CACHE_OF_ONE_BYTE and weight_class in ("fp8", "fp4") else 2.0
     demand = replace(
@@ -181,10 +184,11 @@ def _stored(
 
 
 def _as_they_are(demand: Demand) -> tuple[str, float]:
-    """Return which of WEIGHTS the model's own come closest to, and their bits."""
+    """Return which of WEIGHTS the model's own are, by the name of their format or else by their bits, and those bits."""
     bits = 8 * demand.linear_bytes / demand.linear_params
-    if demand.model.weight_dtype.startswith("float8"):
-        return "fp8", bits
+    for stored, formats in FORMATS.items():
+        if any(name in demand.weight_format for name in formats):
+            return stored, bits
     return "bf16" if bits > 12 else "int8" if bits > 6.5 else "int4", bits
 
 

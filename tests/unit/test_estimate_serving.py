@@ -114,6 +114,51 @@ def test_a_machines_own_idle_power_is_what_it_draws_between_requests(
     assert 20 * low < unknown < high / 5  # 12 % of 400 W where it is not known
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def _quantised(config: str, tmp_path: Path, settings: dict[str, object]) -> str:
+    """Return the folder of the same model, quantised so."""
+    path = tmp_path / "quantised" / "config.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(json.loads(Path(config).read_text()) | {"quantization_config": settings}))
+    return str(path)
+
+
+def test_a_checkpoint_of_eight_bit_floats_is_served_as_such(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path
+) -> None:
+    own = data(capsys, _quantised(config, tmp_path, {"quant_method": "fp8"}), *VLLM)["predicted"]["values"]
+    asked = data(capsys, config, *VLLM, "--weights", "fp8")["predicted"]["values"]
+    assert {name: value["mid"] for name, value in own.items()} == {n: pytest.approx(v["mid"]) for n, v in asked.items()}
+
+
+@pytest.mark.parametrize("ignored", [[], ["self_attn", "down_proj"]], ids=str)
+def test_a_quantised_checkpoint_keeps_the_bytes_that_were_counted(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path, ignored: list[str]
+) -> None:
+    path = _quantised(config, tmp_path, GPTQ | {"modules_to_not_convert": ignored})
+    law, operators = (
+        data(capsys, path, "--on", "h100-sxm", *engine)["predicted"]["values"]["weights_bytes"]["mid"]
+        for engine in (("--engine", "vllm"), ())
+    )
+    assert law == pytest.approx(operators, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("format_", "bits", "kept"),
+    [("float8_e4m3fn", 8.03, "fp8"), ("mxfp4", 6.7, "fp4"), ("float4", 4.5, "fp4"), ("int8", 8.25, "int8"), ("int4", 4.16, "int4"),
+     ("int4", 12.5, "int4"), ("int3", 3.2, "int4"), ("bfloat16", 16.0, "bf16")],
+)  # fmt: skip
+def test_weights_are_of_the_class_their_format_names(format_: str, bits: float, kept: str) -> None:
+    from cost_models.demand import demand_of
+    from cost_models.served import _as_they_are
+
+    demand = demand_of(TOY_MODEL, Workload(prompt_tokens=8, output_tokens=8), "vllm")
+    demand = demand.but(weight_format=format_, linear_bytes=demand.linear_params * bits / 8)
+    assert _as_they_are(demand) == (kept, pytest.approx(bits))
+
+
 def test_waiting_is_a_part_of_the_first_token(capsys: pytest.CaptureFixture[str], config: str) -> None:
     facts = data(capsys, config, "--on", "rtx-4090", "--step", "weight_int4", "--concurrency", "8")
     waiting = next(part for part in facts["waterfall"]["prefill"] if part["bound"] == "waiting")
