@@ -356,15 +356,16 @@ class _Serving:
         """Return the parts of all devices' memory while that many requests run.
 
         Prompts are read in chunks. Requests are at different lengths, so more of them fit than full ones would: the
-        cache is never larger than its pool.
+        cache is never larger than its pool, what the model and the activations of a full server leave.
         """
-        d = self._at(max(running, 1.0))
+        d, room = self._at(max(running, 1.0)), self._room()
         chunk = min(float(self.law["chunk_tokens"]), max(CHUNK_TOKENS, d.prompt_tokens / 4))
-        parts = _floats(serving.memory_parts(d, {**self.law, "chunk_tokens": chunk}))
-        if running >= self._room() - 1e-6:
-            one = float(serving.cache_bytes(d, d.context_tokens))
-            pool = float(self.law["filled"] * d.devices * d.memory_bytes) - (sum(parts.values()) - parts["KV cache"])
-            parts["KV cache"] = min(parts["KV cache"], d.batch * one, max(pool, one))
+        parts, full = (
+            _floats(serving.memory_parts(at, {**self.law, "chunk_tokens": chunk})) for at in (d, self._at(room))
+        )
+        one = float(serving.cache_bytes(d, d.context_tokens))
+        pool = float(self.law["filled"] * d.devices * d.memory_bytes) - (sum(full.values()) - full["KV cache"])
+        parts["KV cache"] = min(parts["KV cache"], room * one, max(pool, one))
         return parts
 
     def one_cache_bytes(self) -> float:

@@ -59,13 +59,13 @@ def models(draw: st.DrawFn) -> Model:
 def machines(draw: st.DrawFn) -> Hardware:
     """Return one to eight GPUs with room for anything."""
     device = Device(
-        name="drawn", kind="gpu", memory_bytes=2**44, memory_bytes_per_s=draw(st.floats(1e11, 8e12)), idle_w=50.0, busy_w=draw(st.floats(60, 1200)),
+        name="drawn", kind="gpu", memory_bytes=2**46, memory_bytes_per_s=draw(st.floats(1e11, 8e12)), idle_w=50.0, busy_w=draw(st.floats(60, 1200)),
         flop_per_s={name: draw(st.floats(1e13, 1e15)) for name in ("float32", "bfloat16", "float16", "int8", "fp8", "int4")}, features=frozenset({"cuda", "metal", "rocm"}),
         link_bytes_per_s=draw(st.sampled_from((None, 4.5e11))),
     )  # fmt: skip
     count = draw(st.sampled_from((1, 2, 4, 8)))
     return Hardware(
-        name="drawn", devices=(device,) * count, host_memory_bytes=2**45, memory_limit_bytes=2**44,
+        name="drawn", devices=(device,) * count, host_memory_bytes=2**47, memory_limit_bytes=2**46,
         price_usd_per_h=draw(st.sampled_from((None, 4.0))), grid_gco2e_per_kwh=400.0,
     )  # fmt: skip
 
@@ -201,6 +201,23 @@ def test_devices_share_a_model(model: Model, workload: Workload, hardware: Hardw
     assert split.devices == count and split.limit_bytes == count * alone.limit_bytes
     assert split.values["weights_bytes"] == alone.values["weights_bytes"]
     assert share(split) <= share(alone) * SLACK
+
+
+@quiet
+@given(
+    model=models(), workload=workloads, hardware=machines(), family=st.sampled_from(SPLITTING),
+    room=st.floats(1.2, 20), few=st.integers(1, 300), more=st.integers(1, 300),
+)  # fmt: skip
+def test_memory_never_falls_as_clients_come_until_the_cache_is_full(
+    model: Model, workload: Workload, hardware: Hardware, family: str, room: float, few: int, more: int
+) -> None:
+    """On devices with room for a few requests, which are full of them before all clients are served."""
+    alone = serve(family, model, replace(workload, concurrency=1), hardware)
+    needed = math.ceil(room * alone.values["peak_memory_bytes"].mid / len(hardware.devices))
+    tight = replace(hardware, devices=tuple(replace(d, memory_bytes=needed) for d in hardware.devices))
+    fewer, fuller = (serve(family, model, replace(workload, concurrency=n), tight) for n in (few, few + more))
+    for name in ("peak_memory_bytes", "kv_cache_bytes"):
+        assert fuller.values[name].mid * SLACK >= fewer.values[name].mid, name
 
 
 def share(served: Served) -> float:
