@@ -21,6 +21,7 @@ import numpy as np
 
 from cost_models import queueing, serving
 from cost_models.demand import DTYPE_BYTES, demand_of
+from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
 from cost_models.efficiency import read_rows
 from cost_models.load import copies, falls_behind
 from cost_models.serving import Deployments, Laws
@@ -93,10 +94,10 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     _check_split(family, model, count)
     demand, weight_class, notes = _stored(family, model, workload, device, weights)
     flop_per_s, told = _rate(device, weight_class)
+    link_bytes_per_s, assumed = _link(device, count)
     d = serving.deployment(_computing(demand, device), hardware, devices=count, clients=True)
     d = replace(
-        d, flop_per_s=flop_per_s, batch=float(workload.concurrency),
-        link_bytes_per_s=device.link_bytes_per_s or serving.NO_LINK_BYTES_PER_S,
+        d, flop_per_s=flop_per_s, batch=float(workload.concurrency), link_bytes_per_s=link_bytes_per_s
     )  # fmt: skip
     laws = serving.shipped()
     kind = serving.hardware_kind(device.name, device.features)
@@ -109,7 +110,26 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     spreads = {q: serving.spread(laws, q, family) for q in ("tpot", "ttft", "energy", "memory")}
     found = _Serving(d, law, spreads, workload, hardware)
     served = found.served()
-    return replace(served, notes=(*notes, *told, *found.notes, *_tight(laws, family, served, found.one_cache_bytes())))
+    return replace(
+        served, notes=(*notes, *told, *assumed, *found.notes, *_tight(laws, family, served, found.one_cache_bytes()))
+    )
+
+
+def _link(device: Device, count: int) -> tuple[float, list[str]]:
+    """Return the rate of the slowest link between the devices, and what was assumed of them."""
+    found, told = device.link_bytes_per_s or serving.NO_LINK_BYTES_PER_S, []
+    if count > 1 and not device.link_bytes_per_s:
+        rate = units.format(serving.NO_LINK_BYTES_PER_S, "bandwidth")
+        told.append(
+            f"the link of `{device.name}` to its neighbours is not known: {rate} assumed, half of a PCIe 4.0 x16 slot"
+        )
+    if count > DEVICES_PER_MACHINE:
+        found = min(found, ETHERNET.bytes_per_s)
+        told.append(
+            f"{count} devices are {-(-count // DEVICES_PER_MACHINE)} machines of at most {DEVICES_PER_MACHINE}: "
+            f"{ETHERNET.name} between them assumed, which each exchange of a layer waits for"
+        )
+    return found, told
 
 
 def _tight(laws: Laws, family: str, served: Served, one_cache_bytes: float) -> list[str]:

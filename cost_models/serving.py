@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
 from cost_models.efficiency import rate, read_rows
 from knowledge_base.types import Demand, Device, Hardware
 
@@ -94,7 +95,7 @@ class Deployments:
     memory_bytes: Any  # of one device
     bytes_per_s: Any  # of one device
     flop_per_s: Any  # of one device, at the precision the engine computes in
-    link_bytes_per_s: Any
+    link_bytes_per_s: Any  # of the slowest link between two devices
     power_w: Any  # cap of one device
     vocab_size: Any = 0.0
     vector_flop_per_s: Any = np.inf  # of one device, outside its matrix units
@@ -251,9 +252,14 @@ def cache_bytes(d: Deployments, tokens: Any) -> Any:
 
 
 def exchange_s(d: Deployments, law: Law, tokens: Any) -> Any:
-    """Return seconds two all-reduces of each layer take: a latency and a ring's bytes; 0 on one device."""
+    """Return seconds two all-reduces of each layer take: latencies and a ring's bytes; 0 on one device.
+
+    Beyond one machine's devices the network's latency comes on top.
+    """
+    inside = np.minimum(d.devices, DEVICES_PER_MACHINE)
     ring = 2 * (d.devices - 1) / d.devices * tokens * d.hidden_size * 2 / (d.link_bytes_per_s * law["link"])
-    return 2 * d.layers * (law["exchange_s"] * np.log2(d.devices) + ring)
+    latency = law["exchange_s"] * np.log2(inside) + ETHERNET.latency_s * np.log2(d.devices / inside)
+    return 2 * d.layers * (latency + ring)
 
 
 def step_parts(d: Deployments, law: Law) -> Parts:

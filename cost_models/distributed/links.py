@@ -23,6 +23,10 @@ class Link:
             )  # fmt: skip
 
 
+ETHERNET = Link(name="10 Gbit/s Ethernet", bytes_per_s=1.25e9, latency_s=30e-6)  # between machines, where none is named
+DEVICES_PER_MACHINE = 8  # more are several machines
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """Equal machines: the link between the devices of one, and the link between machines."""

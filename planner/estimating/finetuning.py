@@ -26,6 +26,7 @@ from cost_models.distributed import (
     step_traffic,
     unequal_pipeline,
 )
+from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
 from cost_models.training import (
     OPTIMISERS,
     WHOLE,
@@ -55,9 +56,7 @@ from knowledge_base.types import Hardware, Model, Value
 from knowledge_base.units import quote
 
 LATENCY_S = 5e-6  # of a message between devices of a machine: NCCL's base latencies are 3 to 8 microseconds
-ETHERNET = Link(name="10 Gbit/s Ethernet", bytes_per_s=1.25e9, latency_s=30e-6)
 PCIE_BYTES_PER_S = 25e9  # PCIe 4.0 x16 in one direction, what of its 31.5 GB/s arrives
-DEVICES_PER_MACHINE = 8  # more are several machines
 MOST_REMEDIES = 3
 FLAGS = {  # what a setting is called on the command line
     "sequence_tokens": "--sequence-tokens", "gradient_accumulation": "--accumulation", "targets": "--finetune",

@@ -114,6 +114,24 @@ def test_a_machines_own_idle_power_is_what_it_draws_between_requests(
     assert 20 * low < unknown < high / 5  # 12 % of 400 W where it is not known
 
 
+def test_what_is_assumed_of_links_is_told(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
+    def notes(machine: str) -> str:
+        return "; ".join(data(capsys, config, "--on", machine, "--engine", "vllm")["notes"])
+
+    assert "is not known: 16 GB/s assumed" in notes("2x rtx-4090")
+    assert "link" not in notes("rtx-4090") and "link" not in notes("8x h100-sxm")
+    assert "16 devices are 2 machines of at most 8: 10 Gbit/s Ethernet between them assumed" in notes("16x h100-sxm")
+
+
+def test_a_model_split_over_machines_waits_for_the_network(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    points = data(capsys, config, *VLLM, "--sweep", "devices=4,8,16,32")["points"]
+    four, eight, sixteen, more = (point["values"]["tpot_s"]["mid"] for point in points)
+    assert eight < four < sixteen < more
+    assert sixteen - eight > 32 * 2 * 30e-6  # two exchanges in each of 32 layers, 30 microseconds at least
+    busy = data(capsys, config, *VLLM, "--devices", "16", "--concurrency", "256")["waterfall"]["decode"]
+    assert {part["bound"] for part in busy if part["name"] == "exchange"} == {"link-bound"}
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
