@@ -54,6 +54,7 @@ COVERAGE = 0.9
 PLENTY = 1e6  # times a rate, beside which all others are slow
 WAITING = ("turn", "queue", "no room", "others' prompts")  # parts that are other requests' work
 UNIFORM_P95 = 1.9  # of the mean: others' prompts that a client waits for are between none and all
+OF_REQUESTS = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "requests_per_s", "energy_j_per_token")
 SEVERE = 0.02  # of utilisation left, where an error of the service is no longer told apart from a queue without end
 
 
@@ -251,13 +252,24 @@ class _Serving:
         values, parts, prevented, running = (
             self._clients(room) if self.workload.requests_per_s is None else self._arrivals(room)
         )
-        memory = self._memory_parts(running)
+        memory, limit = self._memory_parts(running), float(self.d.devices * self.d.memory_bytes)
+        if sum(memory.values()) > limit:  # nothing would run
+            self.notes, values, parts = (), {}, {"ttft_s": {}, "tpot_s": {}}
+            prevented = dict.fromkeys(OF_REQUESTS, self._too_large(sum(memory.values()), limit))
         values |= self._sizes(memory, running)
         parts["peak_memory_bytes"] = memory
         self._bill(values, prevented)
         return Served(
             values=values, parts=parts, bounds=self._bounds(running), prevented=prevented, running=running, room=room, devices=int(self.d.devices),
-            limit_bytes=float(self.d.devices * self.d.memory_bytes), notes=self.notes,
+            limit_bytes=limit, notes=self.notes,
+        )  # fmt: skip
+
+    def _too_large(self, needed: float, there: float) -> EnvironmentProblem:
+        """Return what to say of a model that does not fit, even where one request is served at a time."""
+        told, most = (units.format(x, "bytes") for x in (needed, there))
+        return EnvironmentProblem(
+            f"it does not fit {quote(self.hardware.name)}: {told} needed, {most} there",
+            hint="take more or larger devices, weights of fewer bits, or shorter prompts and answers", where="--on",
         )  # fmt: skip
 
     def _bounds(self, running: float) -> dict[str, dict[str, str]]:
@@ -314,8 +326,7 @@ class _Serving:
         factor = self._factor(float(first[-1]), float(request[-1]))
         if shared is None:
             problem = falls_behind(rate, float(np.max(counts / request)))
-            names = ("ttft_s", "tpot_s", "latency_s", "throughput_tokens_per_s", "requests_per_s", "energy_j_per_token")
-            return {}, {"ttft_s": {}, "tpot_s": {}}, dict.fromkeys(names, problem), float(min(room, MOST_STATES))
+            return {}, {"ttft_s": {}, "tpot_s": {}}, dict.fromkeys(OF_REQUESTS, problem), float(min(room, MOST_STATES))
         running = shared.mean
         left = 1 - rate / shared.capacity_per_s
         whole, start = running / rate, shared.seen(first)

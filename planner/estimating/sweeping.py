@@ -208,7 +208,7 @@ def _point(number: Number, priced: Priced) -> SweepPoint:
     rate = priced.asked.workload.requests_per_s
     return SweepPoint(
         at=number, plan=priced.plan, workload=priced.asked.workload, values=priced.holding, fits=priced.fits,
-        falls_behind=rate is not None and "latency_s" in priced.prevented, memory_limit_bytes=float(priced.limit_bytes),
+        falls_behind=rate is not None and priced.fits and "latency_s" in priced.prevented, memory_limit_bytes=float(priced.limit_bytes),
     )  # fmt: skip
 
 

@@ -110,9 +110,10 @@ def as_text(facts: Estimated, priced: Priced, *, ascii_only: bool) -> str:
         elif name in facts["not_predicted"]:
             lines.append(f"  {metric.label:15} {'not predicted':>15}  {facts['not_predicted'][name]}")
     lines += ["", *bars(facts["waterfall"], priced, ascii_only=ascii_only), *held(facts["memory"])]
-    return "\n".join(
-        lines if priced.fits else [*lines, "", f"{does_not_fit(priced)}; the times above hold only where it does"]
-    )
+    if not priced.fits:
+        timed = len(priced.values) > len(priced.holding)
+        lines += ["", does_not_fit(priced) + ("; the times above hold only where it does" if timed else "")]
+    return "\n".join(lines)
 
 
 def sources(predicted: Estimate) -> str:

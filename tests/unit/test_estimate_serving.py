@@ -223,8 +223,37 @@ def test_requests_without_room_in_the_cache_wait(capsys: pytest.CaptureFixture[s
     )
     assert re.search(r"\d+ of 500 requests run at a time, the others wait for room in the KV cache", facts["notes"][1])
     assert facts["fits"]
-    few = data(capsys, config, "--on", "rtx-4060", "--engine", "vllm")
-    assert not few["fits"]
+
+
+@pytest.mark.parametrize("load", [("--concurrency", "16"), ("--requests-per-s", "2")], ids=" ".join)
+def test_a_model_that_does_not_fit_has_sizes_and_a_sentence_but_no_times(
+    capsys: pytest.CaptureFixture[str], config: str, load: tuple[str, ...]
+) -> None:
+    flags = (config, "--on", "rtx-4060", "--engine", "vllm", *load)
+    found = data(capsys, *flags)
+    assert not found["fits"] and not found["waterfall"]["decode"] and not found["waterfall"]["prefill"]
+    assert set(found["predicted"]["values"]) == {
+        "weights_bytes", "kv_cache_bytes", "artefact_bytes", "network_bytes_per_start", "peak_memory_bytes",
+    }  # fmt: skip
+    assert {"latency_s", "energy_j_per_token", "cost_usd_per_token"} <= set(found["not_predicted"])
+    assert "it does not fit 'rtx-4060'" in found["not_predicted"]["tpot_s"]
+    assert not any("at a time" in note for note in found["notes"])
+    code, out, _ = run(capsys, *flags)
+    assert code == 0 and re.search(r"^does not fit: peak memory [\d.]+ GiB of [\d.]+ GiB$", out, re.MULTILINE)
+
+
+def test_sweeps_and_comparisons_say_what_does_not_fit(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    flags = (config, "--on", "rtx-4060", "--engine", "vllm", "--requests-per-s", "0.1")
+    points = data(capsys, *flags, "--sweep", "devices=1,8")["points"]
+    assert [point["fits"] for point in points] == [False, True] and not points[0]["falls_behind"]
+    assert "ttft_s" in points[1]["values"] and "ttft_s" not in points[0]["values"]
+    _, out, _ = run(capsys, *flags, "--sweep", "devices=1,8")
+    assert "fits from 8 devices on" in out
+    sides = data(capsys, config, "--on", "rtx-4060", "--engine", "vllm", "--compare-on", "h100-sxm")
+    assert (sides["a"]["fits"], sides["b"]["fits"]) == (False, True)
+    assert {row["metric"] for row in sides["rows"]} <= {"weights_bytes", "kv_cache_bytes", "artefact_bytes", "network_bytes_per_start", "peak_memory_bytes"}  # fmt: skip
+    _, out, _ = run(capsys, config, "--on", "rtx-4060", "--engine", "vllm", "--compare-on", "h100-sxm")
+    assert "a does not fit" in out
 
 
 def test_a_rate_the_device_lacks_is_said(capsys: pytest.CaptureFixture[str], config: str) -> None:
