@@ -61,7 +61,9 @@ FLAGS = (
     "tokens", "samples", "epochs", "batch", "sequence_tokens", "accumulation", "rank", "optimizer", "checkpointing", "parallel",
     "link", "network",
 )  # fmt: skip
-SERVING = ("step", "roofline", "compare_on", "weights", "concurrency", "requests_per_s")
+SERVING = (
+    "step", "roofline", "compare_on", "weights", "concurrency", "requests_per_s", "engine", "prompt_tokens", "output_tokens", "draft",
+)  # fmt: skip
 
 
 def output() -> Any:
@@ -84,6 +86,21 @@ def refuse_without(options: argparse.Namespace) -> None:
             )  # fmt: skip
 
 
+def refuse_with(options: argparse.Namespace) -> None:
+    """Refuse flags of serving where a model is fine-tuned.
+
+    Raises:
+        BadInput: names the first.
+    """
+    for name in SERVING:
+        given = getattr(options, name)
+        if given or (given == 0 and given is not False):  # a count of 0 is given too
+            raise BadInput(
+                f"--{name.replace('_', '-')} is of serving, not of training", hint="leave it or --finetune out",
+                where=f"--{name.replace('_', '-')}",
+            )  # fmt: skip
+
+
 def told(
     options: argparse.Namespace, model: Model, machine: Callable[[str], Hardware]
 ) -> tuple[Any, Callable[[bool], str]]:
@@ -94,18 +111,13 @@ def told(
     """
     from planner.estimating import finetuning, finetuning_sides, finetuning_told
 
-    for name in SERVING:
-        if getattr(options, name):
-            raise BadInput(
-                f"--{name.replace('_', '-')} is of serving, not of training", hint="leave it or --finetune out",
-                where=f"--{name.replace('_', '-')}",
-            )  # fmt: skip
     if options.format == "svg":
         raise BadInput("of training there are no pictures yet", hint="leave --format out", where="--format svg")
     if options.compare is not None and options.sweep is not None:
         raise BadInput("--compare and --sweep show different things", hint="give one of them", where="--sweep")
     tuning = _asked(options, model, machine)
     tuning.check()
+    _refuse_links(options, tuning)
     if options.compare is not None:
         other = replace(tuning, names=finetuning.read_names(options.compare, "--compare"))
         other.check()
@@ -143,6 +155,22 @@ def _asked(options: argparse.Namespace, model: Model, machine: Callable[[str], H
         parallel=read_parallel(options.parallel) if options.parallel is not None else None,
         link_bytes_per_s=_bandwidth(options, "link"), network_bytes_per_s=_bandwidth(options, "network"), **counts,
     )  # fmt: skip
+
+
+def _refuse_links(options: argparse.Namespace, tuning: Tuning) -> None:
+    """Refuse the rate of a link that joins none of the devices, unless their number is swept.
+
+    Raises:
+        BadInput: names the flag.
+    """
+    count, together = len(tuning.devices), tuning.cluster.devices_per_machine
+    unused = {
+        "--link": (options.link, min(count, together) == 1, "no two devices are in one machine"),
+        "--network": (options.network, count <= together, "all devices are in one machine"),
+    }
+    for flag, (given, idle, why) in unused.items():
+        if given is not None and idle and not (options.sweep or "").strip().startswith("devices"):
+            raise BadInput(f"{why}, so {flag} has no effect", hint="leave it out, or add --devices", where=flag)
 
 
 def _tokens(options: argparse.Namespace, model: Model, sequence_tokens: int) -> float:

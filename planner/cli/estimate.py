@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from planner.estimating.asking import Asked
 
 HELP = "predicted figures of one plan on one machine, with intervals and reasons; nothing is run"
+# Of serving, where they are not given; as defaults of the parser, a flag with --finetune could not be told from none.
+USUAL = {"engine": "transformers", "prompt_tokens": 128, "output_tokens": 64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="local, a machine file, a saved profile, or a name of: leanplan ls machines",
     )
     parser.add_argument(
-        "--engine", default="transformers",
+        "--engine",
         help="a name of: leanplan ls engines (default transformers), or one known by its law: vllm, sglang, tensorrt_llm, mlx, exllama, ...",
     )  # fmt: skip
     parser.add_argument(
@@ -42,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", action="append", default=[], metavar="TECHNIQUE[:KNOB=VALUE,...]",
         help="a technique of the plan, e.g. weight_gguf:type=q4_k; may be repeated; knobs not given take their default",
     )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of a prompt (default 128)")
-    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="length of an answer (default 64)")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt (default 128)")
+    parser.add_argument("--output-tokens", type=int, metavar="N", help="length of an answer (default 64)")
     parser.add_argument(
         "--concurrency", type=int, metavar="N",
         help="clients at a time, each waiting for its last answer (default 1); batch_size serves several together",
@@ -82,8 +84,12 @@ def run(options: argparse.Namespace) -> int:
     from planner.cli._talk import emit
 
     if options.finetune is not None:
+        _finetune.refuse_with(options)
         return _trained(options)
     _finetune.refuse_without(options)
+    for name, usual in USUAL.items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     kind = _kind(options)
     asked = _asked(options)
     data, text = SHOWN[kind](options, asked)
