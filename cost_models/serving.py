@@ -100,9 +100,7 @@ class Deployments:
     vocab_size: Any = 0.0
     vector_flop_per_s: Any = np.inf  # of one device, outside its matrix units
     idle_w: Any = np.nan  # of one device; not a number where it is not known
-    cache_shards: Any = (
-        np.inf
-    )  # devices that can share one sequence's cache: its key-value heads, 1 of latent attention
+    cache_shards: Any = np.inf  # devices that can share a sequence's cache: its key-value heads, 1 of latent attention
 
     @property
     def cache_copies(self) -> Any:

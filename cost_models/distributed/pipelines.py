@@ -19,6 +19,7 @@ from cost_models.training import (
     check_model,
     highest,
     moments,
+    packed_bits,
     training_time,
     utilisation_prior,
 )
@@ -163,7 +164,7 @@ def stage_memory(part: Model, setup: TrainingSetup, *, in_flight: int) -> Traini
     """Return the memory of one stage, which holds the activations of `in_flight` micro-batches."""
     found = moments(part, setup, in_flight=in_flight)
     moment = highest(found)
-    return assemble(found[moment], setup, moment)
+    return assemble(found[moment], setup, moment, bits=packed_bits(part, setup))
 
 
 def _work_s(part: Model, setup: TrainingSetup, machine: Hardware) -> float:

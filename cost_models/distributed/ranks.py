@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from cost_models.demand import DTYPE_BYTES
 from cost_models.training import (
-    BASE_BITS,
     UNTARGETED,
     TrainingMemory,
     TrainingSetup,
@@ -18,6 +17,7 @@ from cost_models.training import (
     highest,
     matrix_shapes,
     moments,
+    packed_bits,
     state_bytes,
     trained_params,
 )
@@ -115,6 +115,7 @@ def stage(model: Model, layers: int, *, first: bool, last: bool, tensor: int = 1
         model, layers=layers, attention_layers=layers, heads=model.heads // tensor,
         kv_heads=max(1, model.kv_heads // tensor), ffn_size=model.ffn_size // tensor, linear_params=linear,
         params_total=total, params_active=total - idle, vocab_size=math.ceil(model.vocab_size / tensor) if last else 0,
+        quantised_bytes=model.quantised_bytes * layers // (model.layers * tensor),
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def expert_share(model: Model, setup: TrainingSetup, part: str) -> float:
         return 0.0
     params = model.layers * model.experts * sum(inside.values())
     if part == "weights":
-        bits = BASE_BITS[setup.packed] if setup.packed else 8 * DTYPE_BYTES[setup.weight_dtype]
+        bits = packed_bits(model, setup) or 8 * DTYPE_BYTES[setup.weight_dtype]
         return params * bits / 8 / base_bytes(model, setup)
     if setup.whole:
         return params / model.params_total
@@ -153,7 +154,7 @@ def rank_memory(model: Model, setup: TrainingSetup, layout: Layout) -> TrainingM
             name = moment if layout.pipeline == 1 else f"{moment}, {place} stage"
             found[name] = _sharded(sizes, part, setup, layout)
     moment = highest(found)
-    return assemble(found[moment], setup, moment)
+    return assemble(found[moment], setup, moment, bits=packed_bits(model, setup))
 
 
 _STAGE = {"optimiser states": 1, "master copies": 1, "gradients": 2, "weights": 3, "adapters": 3}  # ZeRO's, by part

@@ -32,6 +32,7 @@ from cost_models.training.setup import (
     base_bytes,
     check_model,
     matrix_shapes,
+    packed_bits,
     state_bytes,
     trained_params,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "layer_activation_bytes",
     "matrix_shapes",
     "moments",
+    "packed_bits",
     "state_bytes",
     "step_flop",
     "trained_params",

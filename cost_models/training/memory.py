@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from cost_models.demand import DTYPE_BYTES
 from cost_models.training.setup import (
-    BASE_BITS,
     UNTARGETED,
     TrainingSetup,
     base_bytes,
     check_model,
     head_outputs,
     matrix_shapes,
+    packed_bits,
     state_bytes,
     trained_dtype,
     trained_params,
@@ -108,7 +108,7 @@ def _inputs(model: Model, setup: TrainingSetup, f: float) -> float:
     a, h, q = DTYPE_BYTES[setup.weight_dtype], model.hidden_size, model.heads * model.head_size
     shared = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "ffn", "up": "ffn"}  # matrices that see the same input
     widths = {"qkv": h, "o": q, "ffn": h, "down": f}
-    frozen = setup.frozen_input_bytes * sum(widths.values()) if setup.packed else 0.0
+    frozen = setup.frozen_input_bytes * sum(widths.values()) if packed_bits(model, setup) else 0.0
     if setup.whole:
         return float(a * (2 * h + f))  # the attention's output is kept by attention already
     outs = {"q": q, "k": model.kv_heads * model.head_size, "v": model.kv_heads * model.head_size, "o": h, "down": h}
@@ -176,7 +176,7 @@ def training_memory(model: Model, setup: TrainingSetup) -> TrainingMemory:
     check_model(model, setup)
     found = moments(model, setup)
     moment = highest(found)
-    return assemble(found[moment], setup, moment)
+    return assemble(found[moment], setup, moment, bits=packed_bits(model, setup))
 
 
 def highest(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -184,11 +184,14 @@ def highest(found: Mapping[str, Mapping[str, float]]) -> str:
     return max(found, key=lambda name: sum(found[name].values()))
 
 
-def assemble(sizes: Mapping[str, float], setup: TrainingSetup, moment: str) -> TrainingMemory:
-    """Return the parts as values with reasons and intervals, runtime and fragmentation added, and their total."""
+def assemble(sizes: Mapping[str, float], setup: TrainingSetup, moment: str, *, bits: float | None) -> TrainingMemory:
+    """Return the parts as values with reasons and intervals, runtime and fragmentation added, and their total.
+
+    `bits` are those of each packed weight, None where the base is not packed.
+    """
     coming = sum(sizes.get(name, 0.0) for name in ("gradients", "activations", "logits"))
     whole = {**sizes, "fragmentation": LOST_RATIO * coming, "runtime": RUNTIME_BYTES}
-    reasons = _reasons(setup, moment)
+    reasons = _reasons(setup, moment, bits)
     parts = {name: value(size, DOUBT.get(name, COUNT_DOUBT), reasons[name]) for name, size in whole.items() if size > 0}
     mid = sum(part.mid for part in parts.values())
     top = max(parts, key=lambda name: parts[name].mid)
@@ -220,7 +223,7 @@ def _fixed(model: Model, setup: TrainingSetup) -> dict[str, float]:
 
 def unpacked_bytes(model: Model, setup: TrainingSetup) -> float:
     """Return the bytes of the largest matrix of a packed base, unpacked for its product."""
-    if setup.packed is None:
+    if packed_bits(model, setup) is None:
         return 0.0
     return float(max(i * o for i, o in matrix_shapes(model).values()) * DTYPE_BYTES[setup.weight_dtype])
 
@@ -265,8 +268,8 @@ def _adapted(setup: TrainingSetup) -> str:
     return f"{setup.method}{where}, {setup.adapter_dtype}"
 
 
-def _reasons(setup: TrainingSetup, moment: str) -> dict[str, str]:
-    base = f"{BASE_BITS[setup.packed]:.3g} bits for each packed weight" if setup.packed else setup.weight_dtype
+def _reasons(setup: TrainingSetup, moment: str, bits: float | None) -> dict[str, str]:
+    base = f"{bits:.3g} bits for each packed weight" if bits else setup.weight_dtype
     kept = "each layer's input" if setup.checkpointing else "what each layer's backward pass needs"
     return {
         "weights": f"all parameters, {base}",
@@ -276,7 +279,7 @@ def _reasons(setup: TrainingSetup, moment: str) -> dict[str, str]:
         "gradients": "one tensor at a time" if setup.fused_optimiser or setup.method == "lomo" else f"at: {moment}",
         "activations": f"{kept}, {setup.batch} x {setup.sequence_tokens} tokens",
         "logits": "in chunks" if setup.chunked_cross_entropy else "float32 logits, log-probabilities and gradient",
-        "workspace": "the largest packed matrix, unpacked" if setup.packed else "layers gathered from the other ranks",
+        "workspace": "the largest packed matrix, unpacked" if bits else "layers gathered from the other ranks",
         "fragmentation": f"{LOST_RATIO:.0%} of what comes and goes in a step",
         "runtime": "driver context and libraries",
     }

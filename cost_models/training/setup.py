@@ -142,6 +142,11 @@ def check_model(model: Model, setup: TrainingSetup) -> None:
                 f"`{model.name}` has {what}, whose training memory has no formula here",
                 hint="measure one step, or train a model with the usual attention in every layer", where="model",
             )  # fmt: skip
+    if setup.whole and model.quantised_format.startswith("int"):
+        raise BadInput(
+            f"the matrices of `{model.name}` come as integers ({model.quantised_format}), which cannot be trained",
+            hint="train adapters on them: lora; or take the model before it was quantised", where="base_format",
+        )  # fmt: skip
     if setup.sequence_tokens > model.max_context_tokens:
         raise BadInput(
             f"{setup.sequence_tokens} positions are beyond the context of `{model.name}`, {model.max_context_tokens}",
@@ -194,15 +199,25 @@ def trained_params(model: Model, setup: TrainingSetup) -> float:
     return float(model.layers * sum(size * _copies(model, name) for name, size in each.items()))
 
 
+def packed_bits(model: Model, setup: TrainingSetup) -> float | None:
+    """Return the bits of each weight of the layers' matrices where they are packed, scales included; None: they are not.
+
+    A checkpoint that comes quantised is trained on as it is stored; methods that move every weight unpack it.
+    """
+    if model.quantised_bytes and not setup.whole:
+        return 8 * model.quantised_bytes / model.linear_params
+    return BASE_BITS[setup.packed] if setup.packed else None
+
+
 def base_bytes(model: Model, setup: TrainingSetup) -> float:
     """Return the bytes of the weights as they lie in memory, group scales of a packed base included.
 
     Packed are the matrices of the layers; embedding, head and norms stay as wide as `weight_dtype`.
     """
-    size = DTYPE_BYTES[setup.weight_dtype]
-    if setup.packed is None:
+    size, bits = DTYPE_BYTES[setup.weight_dtype], packed_bits(model, setup)
+    if bits is None:
         return float(model.params_total * size)
-    return model.linear_params * BASE_BITS[setup.packed] / 8 + (model.params_total - model.linear_params) * size
+    return model.linear_params * bits / 8 + (model.params_total - model.linear_params) * size
 
 
 def state_bytes(model: Model, setup: TrainingSetup) -> float:

@@ -11,12 +11,12 @@ from cost_models.efficiency import rate
 from cost_models.roofline import causal_pairs
 from cost_models.training.memory import value
 from cost_models.training.setup import (
-    BASE_BITS,
     UNTARGETED,
     TrainingSetup,
     base_bytes,
     check_model,
     head_outputs,
+    packed_bits,
     state_bytes,
     trained_dtype,
     trained_params,
@@ -97,11 +97,8 @@ def training_time(model: Model, setup: TrainingSetup, hardware: Hardware, *, tok
     weights = base_bytes(model, setup)
     bandwidth = device.memory_bytes_per_s
     compute = max(flop / (rate(device, setup.weight_dtype) * _mfu(setup, device)), passes * weights / bandwidth)
-    unpacked = (
-        model.linear_params * (BASE_BITS[setup.packed] / 8 + 2 * DTYPE_BYTES[setup.weight_dtype])
-        if setup.packed
-        else 0.0
-    )
+    bits = packed_bits(model, setup)
+    unpacked = 0.0 if bits is None else model.linear_params * (bits / 8 + 2 * DTYPE_BYTES[setup.weight_dtype])
     operators = LAYER_OPERATORS + (0 if setup.method in UNTARGETED else ADAPTER_OPERATORS * len(setup.targets))
     launches = 0.0 if setup.compiled else passes * model.layers * operators * OPERATOR_S
     touched = 2 * state_bytes(model, setup) + 3 * trained_params(model, setup) * DTYPE_BYTES[trained_dtype(setup)]

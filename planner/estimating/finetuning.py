@@ -484,9 +484,8 @@ def _notes(tuning: Tuning) -> list[str]:
         speed, start = units.format(link.bytes_per_s, "bytes"), units.format(link.latency_s, "time")
         said.append(f"slowest link: {link.name}, {speed}/s in one direction, {start} to begin")
     if tuning.model.quantised_format:
-        said.append(
-            f"the file's matrices are in {tuning.model.quantised_format}; here they are unpacked, or packed anew"
-        )
+        kept = f"unpacked to {setup.weight_dtype}" if setup.whole else "trained on as they are stored"
+        said.append(f"the file's matrices are in {tuning.model.quantised_format}; they are {kept}")
     if setup.weight_dtype == "float32":
         said.append("weights and activations in float32: a device has no known rate in 16 bits")
     return said
@@ -547,7 +546,7 @@ def _changes(tuning: Tuning) -> list[Change]:
         found.append(adding("low_bit_adam"))
     if setup.method in WHOLE:
         found.append(method("lora"))
-    if setup.packed is None:
+    if setup.packed is None and not tuning.model.quantised_bytes:
         found.append(method("qlora"))
     return found
 

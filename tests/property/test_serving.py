@@ -122,7 +122,9 @@ def test_power_lies_between_idle_and_the_cap_and_energy_is_power_times_time(d: D
 
 @settings(deadline=None)
 @given(d=deployments(), law=laws, share=st.floats(0, 1))
-def test_idle_power_that_is_known_takes_the_place_of_a_share_of_the_cap(d: Deployments, law: dict, share: float) -> None:
+def test_idle_power_that_is_known_takes_the_place_of_a_share_of_the_cap(
+    d: Deployments, law: dict, share: float
+) -> None:
     known = replace(d, idle_w=share * d.power_w)
     assert known.idle_power_w * (1 - 1e-9) <= predict("power", known, law) / d.devices <= d.power_w * SLACK
     each = d.devices * mean_tpot_s(d, law) / running(d, law)

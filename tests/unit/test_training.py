@@ -90,6 +90,27 @@ def test_a_packed_base_counts_its_scales(format: str, bits: float) -> None:
     assert 8 * packed / LLAMA.linear_params == pytest.approx(bits, abs=0.001)
 
 
+GPTQ = replace(LLAMA, quantised_format="int4", quantised_bytes=int(LLAMA.linear_params * 4.156 / 8))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_checkpoint_that_comes_quantised_is_trained_on_as_it_is_stored(method: str) -> None:
+    wide = 2 * (LLAMA.params_total - LLAMA.linear_params)
+    setup = TrainingSetup(method=method)
+    assert base_bytes(GPTQ, setup) == pytest.approx(GPTQ.quantised_bytes + wide)
+    held = training_memory(GPTQ, setup).parts
+    assert "4.16 bits" in held["weights"].because and held["workspace"].mid == 2 * 4096 * 11008
+    half = rank_memory(GPTQ, setup, Layout(tensor=2)).parts["weights"].mid
+    assert half == pytest.approx(held["weights"].mid / 2, rel=0.001)
+
+
+def test_integers_are_not_trained_and_floats_are_unpacked() -> None:
+    with pytest.raises(BadInput, match="come as integers"):
+        training_memory(GPTQ, TrainingSetup())
+    fp8 = replace(GPTQ, quantised_format="float8_e4m3fn")
+    assert base_bytes(fp8, TrainingSetup()) == 2 * LLAMA.params_total
+
+
 def test_arithmetic_of_full_training_is_six_for_each_parameter() -> None:
     # arXiv:2001.08361: 6ND without attention and without the table of embeddings, which is only looked up
     setup = TrainingSetup(batch=2, sequence_tokens=64, gradient_accumulation=3)
