@@ -200,12 +200,18 @@ class Hardware:
     disk_bytes_per_s: float | None = None  # reading a file of which nothing is in memory; None: not known
     host_link_bytes_per_s: float | None = None  # from its memory to the accelerator, one way; None: not known
     price_usd_per_h: float | None = None
+    owned: bool = False  # that price is what buying it comes to over its life: electricity is paid besides
     electricity_usd_per_kwh: float | None = None
     grid_gco2e_per_kwh: float | None = None
     pue: float = 1.0
     energy_counters: tuple[str, ...] = ()  # "rapl", "nvml"; empty: energy can only be modelled
     fingerprint: str = ""
     measured: bool = False  # probed here, rather than read from the catalogue
+
+    @property
+    def rented(self) -> bool:
+        """Whether its hourly price holds its electricity."""
+        return self.price_usd_per_h is not None and not self.owned
 
     @property
     def device(self) -> Device:

@@ -139,18 +139,15 @@ def cost(seconds_per_token: Figure, energy: Figure | None, hardware: Hardware) -
     """Return US dollars for each token: hourly price over throughput, plus electricity.
 
     As predicted in cost_models/terms/cost_usd_per_token.py: electricity counts when its price is given, or when the
-    machine has no hourly price. None where neither part can be told.
+    machine is not rented. None where neither part can be told.
     """
+    from cost_models.terms.cost_usd_per_token import paid_electricity
+
     parts = []
     if hardware.price_usd_per_h is not None:
-        rent = f"${hardware.price_usd_per_h:g}/h"
+        rent = f"${hardware.price_usd_per_h:.4g}/h{' of buying it' if hardware.owned else ''}"
         parts.append(scaled(seconds_per_token, hardware.price_usd_per_h / 3600, rent))
-    electricity, note = hardware.electricity_usd_per_kwh, ""
-    if electricity is None and not parts:
-        from cost_models.catalogue import electricity_price
-
-        electricity, source = electricity_price("world")
-        note = f"electricity: world average ${electricity:g}/kWh ({source}); no hourly price of the machine"
+    electricity, note = paid_electricity(hardware)
     if electricity is not None and energy is not None:
         parts.append(scaled(energy, hardware.pue * electricity / J_PER_KWH, note))
     if not parts:

@@ -20,6 +20,7 @@ from knowledge_base.serde import digest
 from knowledge_base.types import Device, Hardware
 from planner import _yaml
 from planner._kinds import Choice, Key, ListOf, Number, Quantity, Section, Text, Whole, in_place
+from planner._owning import BOUGHT_KEY
 from planner._yaml import Node
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -170,6 +171,8 @@ def _consistent(device: Device, node: Node) -> None:
 
 
 def _machine(values: dict[str, Any], node: Node) -> dict[str, Any]:
+    if bought := values.pop("bought"):
+        values |= {"price_usd_per_h": (values["price_usd_per_h"] or 0.0) + bought.usd_per_h, "owned": True}
     several: tuple[Several, ...] = values.pop("devices")
     devices = tuple(one.device for one in several for _ in range(one.count))
     named = values.pop("name") or Path(_name(node)).stem
@@ -232,7 +235,9 @@ MACHINE = Section(
         Key("host_memory_bytes", _Bytes("bytes", 2**24, 2**50), "memory of the host", default=None, absent="as much as its devices have"),
         _known("disk_bytes_per_s", Measure("bandwidth", 1e6, 1e12), "reading a file of which nothing is in memory", example="3 GB/s"),
         _known("host_link_bytes_per_s", Measure("bandwidth", 1e6, 1e13), "from its memory to the accelerator, one way", example="25 GB/s"),
-        Key("price_usd_per_h", Measure("price_per_hour", 0, 1e6), "what it costs", absent="only electricity costs"),
+        Key("price_usd_per_h", Measure("price_per_hour", 0, 1e6), "what it costs: its rent, or where it was bought the room it stands in",
+            absent="only electricity costs"),
+        BOUGHT_KEY,
         Key("electricity", Local("price_per_kwh", "electricity_prices.csv", "usd_per_kwh"), "price of electricity",
             attribute="electricity_usd_per_kwh", absent="the world's average", example="europe"),
         Key("grid", Local("carbon_per_kwh", "grid_carbon.csv", "gco2e_per_kwh"), "what electricity emits",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knowledge_base import units
 from knowledge_base.errors import BadInput, EnvironmentProblem
@@ -206,17 +206,16 @@ def _without_gpu(hardware: Hardware) -> tuple[Rejection, ...]:
 def with_prices(hardware: Hardware, spec: Spec) -> Hardware:
     """Return the machine with the spec's own prices and intensities in place of the defaults."""
     given = spec.prices
-    return replace(
-        hardware,
-        price_usd_per_h=hardware.price_usd_per_h if given.usd_per_h is None else given.usd_per_h,
-        electricity_usd_per_kwh=hardware.electricity_usd_per_kwh
-        if given.electricity_usd_per_kwh is None
-        else given.electricity_usd_per_kwh,
-        grid_gco2e_per_kwh=hardware.grid_gco2e_per_kwh
-        if given.grid_gco2e_per_kwh is None
-        else given.grid_gco2e_per_kwh,
-        pue=hardware.pue if given.pue is None else given.pue,
-    )
+    paid: dict[str, Any] = {
+        name: value
+        for name in ("electricity_usd_per_kwh", "grid_gco2e_per_kwh", "pue")
+        if (value := getattr(given, name)) is not None
+    }
+    if given.bought is not None:
+        paid |= {"price_usd_per_h": (given.usd_per_h or 0.0) + given.bought.usd_per_h, "owned": True}
+    elif given.usd_per_h is not None:
+        paid |= {"price_usd_per_h": given.usd_per_h, "owned": False}
+    return replace(hardware, **paid)
 
 
 def read_models(

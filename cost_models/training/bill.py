@@ -32,7 +32,7 @@ def training_cost(model: Model, setup: TrainingSetup, hardware: Hardware, *, tok
     """Return memory, time, energy, carbon and money of training on `tokens` tokens on the machine's device.
 
     Energy is idle power plus activity (roofline.power_w) x time, never power cap x time. Money is the hourly price, and
-    electricity where it is priced or the machine has no hourly price. The making of the machine is left out.
+    electricity where it is priced or the machine is not rented. The carbon of making the machine is left out.
 
     Raises:
         BadInput: the formulas do not hold for this model, or no tokens are asked for.
@@ -67,12 +67,16 @@ def bill(
     if grid is None:
         grid, grid_source = grid_carbon()
     price, price_source = hardware.electricity_usd_per_kwh, "the machine's price"
-    if price is None and hardware.price_usd_per_h is None:
+    if price is None and not hardware.rented:
         price, price_source = electricity_price()
     rent = machines * (hardware.price_usd_per_h or 0.0) * hours
     electricity = kwh * (price or 0.0)
     doubt = Z80 * math.hypot(MFU_LOG_SD, power_doubt)
-    spent = [] if hardware.price_usd_per_h is None else [f"${rent:.3g} machine"]
+    spent = (
+        []
+        if hardware.price_usd_per_h is None
+        else [f"${rent:.3g} {'amortised hardware' if hardware.owned else 'machine'}"]
+    )
     spent += [] if price is None else [f"${electricity:.3g} electricity ({price_source})"]
     return TrainingCost(
         memory=memory,

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 from knowledge_base import units
 from knowledge_base.metrics import METRICS
-from knowledge_base.types import Plan, Value, Workload
+from knowledge_base.types import Hardware, Plan, Value, Workload
 from planner.estimating.pricing import Priced, does_not_fit
 
 Verdict = Literal["a is better", "b is better", "cannot be told apart", "equal"]
@@ -54,15 +54,26 @@ class SideBySide(TypedDict):
 
 def compared(a: Priced, b: Priced) -> SideBySide:
     """Return the data of two priced plans of one model and workload."""
+    unlike = _unlike_money(a.asked.hardware, b.asked.hardware)
     return SideBySide(
         model=a.asked.model.name, workload=a.asked.workload, a=_side(a), b=_side(b),
         rows=[
             _difference(name, a.holding[name], b.holding[name])
             for name in METRICS
-            if name in a.holding and name in b.holding
+            if name in a.holding and name in b.holding and name not in unlike
         ],
-        not_predicted={name: p.message for side in (b, a) for name, p in side.prevented.items()},
+        not_predicted={name: p.message for side in (b, a) for name, p in side.prevented.items()} | unlike,
     )  # fmt: skip
+
+
+def _unlike_money(a: Hardware, b: Hardware) -> dict[str, str]:
+    """Return why money is not compared, where one machine's holds what the other's leaves out."""
+    from cost_models.terms.cost_usd_per_token import QUANTITY, basis
+
+    of_a, of_b = basis(a), basis(b)
+    if of_a == of_b:
+        return {}
+    return {QUANTITY: f"a is {of_a}, b is {of_b}: give both machines' files price_usd_per_h, or both `bought`"}
 
 
 def _side(priced: Priced) -> Side:

@@ -9,6 +9,7 @@ from typing import Any
 from knowledge_base import registry, units
 from knowledge_base.types import Trace, Workload
 from planner._kinds import NAME, Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
+from planner._owning import BOUGHT_KEY
 from planner._yaml import Node
 from planner.spec.kinds import HOURLY, TEXT_FILE, BudgetsKind, BudgetsRead, LengthKind, ObjectiveKind
 from planner.spec.values import (
@@ -246,7 +247,14 @@ CHECK = Section(
 PRICES = Section(
     Prices,
     (
-        Key("machine", HOURLY, "price of the machine", attribute="usd_per_h", absent="the catalogue's"),
+        Key(
+            "machine",
+            HOURLY,
+            "price of the machine: its rent, or where it was bought the room it stands in",
+            attribute="usd_per_h",
+            absent="the catalogue's",
+        ),
+        BOUGHT_KEY,
         Key(
             "electricity",
             Quantity("price_per_kwh"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from knowledge_base.serde import UNSAID
 from knowledge_base.types import Budget, Workload
+from planner._owning import Bought
 
 DEFAULT_WORKLOAD = Workload(prompt_tokens=512, output_tokens=128)  # where a spec says nothing
 DEFAULT_OBJECTIVES = ("tpot_p50", "peak_memory", "quality_loss")
@@ -83,6 +84,7 @@ class Prices:
     """What running costs. None: the catalogue's figure for the machine, where it has one."""
 
     usd_per_h: float | None = None
+    bought: Bought | None = None
     electricity_usd_per_kwh: float | None = None
     grid_gco2e_per_kwh: float | None = None
     pue: float | None = None

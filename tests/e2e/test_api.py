@@ -22,6 +22,13 @@ def store(machine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(machine, tmp_path / "store")
 
 
+@pytest.fixture
+def profile(store: Path) -> Path:
+    """This machine as it was measured: "local" may be measured again when it is quieter than it was."""
+    (found,) = store.glob("machines/*.json")
+    return found
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from planner.tiny_models import make_tiny_model
@@ -29,8 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("api") / "model")
 
 
-def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path, store: Path) -> None:
-    (profile,) = store.glob("machines/*.json")  # "local" may be measured again when it is quieter than it was
+def test_file_and_arguments_give_the_same_plans(model: Path, tmp_path: Path, store: Path, profile: Path) -> None:
     spec = tmp_path / "leanplan.yaml"
     spec.write_text(
         f"version: 1\nmodel: {{source: {model}}}\nhardware: {profile}\nworkload: {WORKLOAD}\n"
@@ -109,13 +115,14 @@ def test_a_predicted_set_can_be_saved_and_tabulated(model: Path, tmp_path: Path,
     assert not [c for c in frame.columns if c.startswith("measured.")]
 
 
-def test_one_plan_can_be_priced(model: Path, store: Path) -> None:
-    unchanged = estimate(model, store=store, **WORKLOAD)
-    smaller = estimate(model, [Step("weight_int8", {})], store=store, **WORKLOAD)
-    defaults = estimate(model, [Step("weight_int4")], store=store, **WORKLOAD)
-    assert defaults == estimate(model, [Step("weight_int4", {"group_size": 32})], store=store, **WORKLOAD)
+def test_one_plan_can_be_priced(model: Path, store: Path, profile: Path) -> None:
+    def priced(*steps: Step) -> Any:
+        return estimate(model, steps, hardware=profile, store=store, **WORKLOAD)
+
+    unchanged, smaller = priced(), priced(Step("weight_int8", {}))
+    assert priced(Step("weight_int4")) == priced(Step("weight_int4", {"group_size": 32}))
     with pytest.raises(LeanplanError, match="`group_size` of `weight_int4` cannot be 7"):
-        estimate(model, [Step("weight_int4", {"group_size": 7})], store=store, **WORKLOAD)
+        priced(Step("weight_int4", {"group_size": 7}))
     assert smaller.values["weights_bytes"].mid < unchanged.values["weights_bytes"].mid
     value = smaller.values["tpot_s"]
     assert value.low <= value.mid <= value.high

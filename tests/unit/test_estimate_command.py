@@ -158,6 +158,34 @@ def test_of_an_unknown_power_only_energy_is_missing(capsys: pytest.CaptureFixtur
     assert {"tpot_s", "energy_j_per_token"} & {row["metric"] for row in facts["rows"]} == {"tpot_s"}
 
 
+def test_rent_is_not_compared_with_electricity(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
+    (tmp_path / "bought.yaml").write_text("devices: [{like: rtx-4090}]\nbought: 2000\n")
+    for other, told in (
+        ("rtx-4090", "b is electricity alone"),
+        (str(tmp_path / "bought.yaml"), "b is buying and electricity"),
+    ):
+        facts = data(capsys, config, "--on", "h100-sxm", "--compare-on", other)
+        assert "cost_usd_per_token" not in {row["metric"] for row in facts["rows"]}
+        assert "a is rent" in facts["not_predicted"]["cost_usd_per_token"]
+        assert told in facts["not_predicted"]["cost_usd_per_token"]
+    facts = data(capsys, config, "--on", "h100-sxm", "--compare-on", "a100-pcie")
+    assert "cost_usd_per_token" in {row["metric"] for row in facts["rows"]}
+
+
+def test_what_was_bought_costs_its_price_and_electricity(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path
+) -> None:
+    machine = tmp_path / "box.yaml"
+    costs = []
+    for line in ("", "bought: 0\n", "bought: 4000\n", "bought: {usd: 4000, used_share: 0.5}\n"):
+        machine.write_text("devices: [{like: rtx-4090}]\n" + line)
+        costs.append(
+            data(capsys, config, *INT4, "--on", str(machine))["predicted"]["values"]["cost_usd_per_token"]["mid"]
+        )
+    electricity, free, bought, idle = costs
+    assert free == pytest.approx(electricity) and idle - free == pytest.approx(2 * (bought - free)) and bought > free
+
+
 # ---------------------------------------------------------------- sweeps
 
 

@@ -64,6 +64,31 @@ def test_a_known_device_with_some_figures_of_ones_own(tmp_path: Path) -> None:
     assert (found.price_usd_per_h, found.electricity_usd_per_kwh) == (1.1, 0.3)
 
 
+def test_a_machine_that_was_bought_costs_its_price_over_the_hours_it_works(tmp_path: Path) -> None:
+    found = from_file(written(tmp_path, device() + "bought: 8766\n"))
+    assert found.price_usd_per_h == pytest.approx(0.25) and found.owned and not found.rented
+    used = from_file(
+        written(tmp_path, device() + "bought: {usd: 8766, years: 2, used_share: 0.5}\nprice_usd_per_h: 0.1\n")
+    )
+    assert used.price_usd_per_h == pytest.approx(1.1) and used.owned
+    rented = from_file(written(tmp_path, device() + "price_usd_per_h: 1\n"))
+    assert rented.rented and not from_file(written(tmp_path, device())).rented
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("bought: -1", "must be a number"),
+        ("bought: {usd: 1, used_share: 0}", "used_share"),
+        ("bought: {years: 3}", "missing key 'usd'"),
+        ("bought: {usd: 3, price: 3}", "price"),
+    ],
+)
+def test_what_owning_costs_is_checked(tmp_path: Path, line: str, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        from_file(written(tmp_path, device() + line + "\n"))
+
+
 def test_a_known_device_takes_its_memory_from_the_name_or_the_key(tmp_path: Path) -> None:
     named = from_file(written(tmp_path, "devices:\n  - like: apple-m3-max:64GB\n"))
     keyed = from_file(written(tmp_path, "devices:\n  - {like: apple-m3-max, memory_bytes: 64 GiB}\n"))

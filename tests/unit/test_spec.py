@@ -20,6 +20,7 @@ from knowledge_base.registry import engines, techniques
 from knowledge_base.types import Budget, Workload
 from planner import _yaml, spec
 from planner._kinds import UNSET, Choice, Entry, FilePath, Key, ListOf, Number, Quantity, Section, Text, Whole
+from planner._owning import Bought
 from planner.cli import main
 from planner.data import bundled
 
@@ -228,7 +229,10 @@ def specs(draw: st.DrawFn) -> spec.Spec:
         ),
         limits=spec.Limits(memory_bytes=draw(optional(st.integers(1, 2**50))), time_per_candidate_s=draw(SIZE)),
         check=spec.Check(regression_ratio=draw(st.floats(0, 2)), runs=draw(st.integers(1, 10_000))),
-        prices=spec.Prices(usd_per_h=draw(optional(st.floats(0, 1e3))), pue=draw(optional(st.floats(1, 10)))),
+        prices=spec.Prices(
+            usd_per_h=draw(optional(st.floats(0, 1e3))), pue=draw(optional(st.floats(1, 10))),
+            bought=draw(optional(st.builds(Bought, usd=st.floats(0, 1e6), years=st.floats(1, 9), used_share=st.floats(0.1, 1)))),
+        ),
         folder=folder,
     )  # fmt: skip
 

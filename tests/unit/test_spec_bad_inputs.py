@@ -242,6 +242,8 @@ def test_16_nothing_to_decide(refused: Any, text: str) -> None:
         ("prices: {pue: 0.5}", "must be a number from 1 to 10"),
         ("prices: {machine: $1/h}\nbudgets: {cost: {max: $1/1M tokens, at: $2/h}}",
             "another hourly price than prices.machine"),
+        ("prices: {bought: {years: 3}}", "missing key 'usd'"),
+        ("prices: {bought: {usd: 3, used_share: 2}}", "must be a number from 0.001 to 1"),
         ("quality: {data: a}\nbudgets: {quality_loss: {max: 1 %, data: b}}", "another held-out text than quality.data"),
         ("calibration: {samples: 5}", "missing key 'data' in calibration"),
         ("trust_remote_code: true", "unknown key 'trust_remote_code'"),
