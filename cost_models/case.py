@@ -50,6 +50,11 @@ class Case:
         """The device the model runs on."""
         return self.hardware.device
 
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens of a request that figures for each token are of: those of its answer, of an encoder those it reads."""
+        return self.workload.output_tokens if self.decodes else self.workload.prompt_tokens
+
     def need_decoding(self) -> None:
         """Refuse to price tokens of a model that writes none.
 

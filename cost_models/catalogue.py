@@ -84,6 +84,7 @@ def find_machine(name: str) -> Hardware:
         name=name,
         devices=(device,) * count,
         host_memory_bytes=memory * count,
+        host_assumed=device.kind != "cpu",
         memory_limit_bytes=memory,
         disk_bytes_per_s=DISK_BYTES_PER_S,
         host_link_bytes_per_s=_host_link(row),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from operator import attrgetter
 
-from cost_models.efficiency import kv_bytes_per_value
+from cost_models.efficiency import absorbs_latents, kv_bytes_per_value
 from cost_models.engine_memory import stored_dtype
 from knowledge_base.registry import techniques
 from knowledge_base.types import Demand, Model, Plan, Step, Workload
@@ -18,6 +18,10 @@ DTYPE_BYTES = {
 # Operators of one decoder layer that an engine starts one after the other: 2 norms, 7 matrices, rotary, cache
 # update, attention, activation, 2 residual sums, less what every engine fuses.
 KERNELS_PER_LAYER = 14
+# Families whose recurrence transformers goes through token by token, as long as no kernels made for it are installed, and the
+# launches of each layer for each token: 0.1 ms on one EPYC core in Mamba and RWKV of width 512, own measurement 2026-11.
+LOOPED = ("mamba", "falcon_mamba", "jamba", "rwkv", "recurrent_gemma")
+SCAN_KERNELS = 2.5
 KERNELS_PER_STEP = 4  # embedding, last norm, head, choice of the token
 
 
@@ -30,7 +34,7 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
     Arithmetic counts only the experts a token goes through:
 
         linear_flop_per_token = 2 (linear_params - (params_total - params_active))
-        attention_flop_per_token_pair = 4 attention_layers heads head_size      (scores and weighted sum)
+        attention_flop_per_token_pair = 4 attention_layers heads head_size      (scores and weighted sum; _attention)
 
     A tied head is as large as the table it shares. An encoder's prompt tokens see each other both ways, twice the
     pairs of causal attention, and no head is applied. Of an encoder-decoder, prompt tokens go through the encoder and
@@ -54,6 +58,7 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
     activation_size = DTYPE_BYTES[compute]
     head_read = 0 if model.kind == "encoder" else head_params
     encoder_share = model.encoder_params / model.linear_params
+    pair_flop, expanding_flop, expanded_values = _attention(model, engine)
     return Demand(
         model=model,
         workload=workload,
@@ -68,16 +73,46 @@ def demand_of(model: Model, workload: Workload, engine: str) -> Demand:
         compute_dtype=compute,
         linear_flop_per_token=2.0 * (model.linear_params - idle_params),
         head_flop_per_token=2.0 * head_read,
-        attention_flop_per_token_pair=4.0 * model.attention_layers * model.heads * model.head_size,
+        attention_flop_per_token_pair=pair_flop,
         prompt_share=encoder_share or 1.0,
         output_share=1 - encoder_share,
         prompt_pairs_ratio=_prompt_pairs_ratio(model),
+        prompt_passes=1 + model.encoder_layers / model.layers if model.kind == "encoder_decoder" else 1.0,
+        kernels_per_prompt_token=SCAN_KERNELS * (model.layers - model.attention_layers)
+        if _loops(model, engine)
+        else 0.0,
         kv_bytes_per_token=float(model.kv_values_per_token * (kv_bytes_per_value(engine) or activation_size)),
+        expanding_flop_per_token=expanding_flop,
+        expanded_bytes_per_token=2 * expanded_values * activation_size,
         activation_bytes_per_token=float((3 * model.ffn_size + 4 * model.hidden_size) * activation_size),
         layers=float(model.layers),
         kernels_per_step=float(KERNELS_PER_LAYER * model.layers + KERNELS_PER_STEP),
         batch=1,
     )
+
+
+def _loops(model: Model, engine: str) -> bool:
+    return engine == "transformers" and model.architecture in LOOPED
+
+
+def _attention(model: Model, engine: str) -> tuple[float, float, float]:
+    """Return attention's flop for each pair, and flop and numbers of the keys and values made anew for each cached token.
+
+        usual:      4 heads head_size for each pair; nothing is made anew
+        latent:     the same, and 2 rank heads (key + value) flop for heads (key + value) numbers, in transformers
+        absorbed:   2 heads (2 rank + rotary) for each pair: queries meet the latent vectors themselves, in other engines
+
+    Latent attention: arXiv:2405.04434, section 2.1. All layers together.
+    """
+    heads = float(model.attention_layers * model.heads)
+    pair = 4 * heads * model.head_size
+    if not model.latent_rank:
+        return pair, 0.0, 0.0
+    rotary = (model.kv_values_per_layer or 0.0) - model.latent_rank  # of the key, cached as it is
+    if absorbs_latents(engine):
+        return 2 * heads * (2 * model.latent_rank + rotary), 0.0, 0.0
+    both = 2.0 * model.head_size  # key and value
+    return pair, 2 * model.latent_rank * heads * (both - rotary), heads * both
 
 
 def _prompt_pairs_ratio(model: Model) -> float:

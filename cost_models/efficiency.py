@@ -151,6 +151,11 @@ def kv_bytes_per_value(engine: str) -> float | None:
     )
 
 
+def absorbs_latents(engine: str) -> bool:
+    """Return whether an engine attends to a latent cache as it is, rather than to keys and values made from it."""
+    return any(r["engine"] == engine and r["absorbs_latents"] == "1" for r in read_rows("engine_overheads.csv"))
+
+
 def rate(device: Device, dtype: str) -> float:
     """Return a device's matmul rate for a dtype, in flop/s.
 

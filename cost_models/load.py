@@ -169,7 +169,7 @@ def _work(case: Case, full: Figures, alone: Figures) -> Work:
 
 def _wait(case: Case, found: Figures, queue: Queue, alone: Figures, slots: Slots | None) -> None:
     """Put waiting into times, the load into throughput, and idle power into energy; terms made of them follow."""
-    tokens, count = case.workload.output_tokens, copies(case.hardware)
+    tokens, count = case.counted_tokens, copies(case.hardware)
     with np.errstate(invalid="ignore"):
         told = _in_slots(alone, slots, queue, tokens) if slots is not None else {}
         for name in WAITED:
@@ -177,10 +177,6 @@ def _wait(case: Case, found: Figures, queue: Queue, alone: Figures, slots: Slots
         for name, prediction in told.items():
             found[name] = _where(case.slotted, prediction, found[name])
     rate = case.workload.requests_per_s
-    if not case.decodes:  # whole texts each second are all there is to tell
-        answered = queue.capacity_per_s * queue.busy if rate is None else np.minimum(rate, queue.capacity_per_s)
-        found["requests_per_s"] = replace(found["requests_per_s"], mid=answered)
-        return
     throughput = found["throughput_tokens_per_s"]
     if rate is None:
         found["throughput_tokens_per_s"] = replace(throughput, mid=queue.capacity_per_s * queue.busy * tokens)

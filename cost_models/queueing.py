@@ -7,9 +7,9 @@
 
 All but the last take floats or arrays (one entry for each plan). A rate beyond the capacity gives infinite times: the
 queue grows as long as requests come. Sources: Pollaczek 1930 and Khinchine 1932 (M/G/1); Allen 1978 and Cunneen's
-two-moment correction of M/M/k; Sakasegawa 1977 (a closed form of Erlang's C, exact for k = 1); Little 1961; Chandy,
-Herzog and Woo 1975 (a closed network's throughput is the rate of the server that stands for it); Wolff 1982 (Poisson
-arrivals see time averages).
+two-moment correction of M/M/k; Erlang 1917; Sakasegawa 1977 (a closed form of Erlang's C, for servers of batches);
+Little 1961; Chandy, Herzog and Woo 1975 (a closed network's throughput is the rate of the server that stands for it);
+Wolff 1982 (Poisson arrivals see time averages).
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ def queue_of_batches(
     service = affine(first_s, whole_s, batch, served)
     busy = np.minimum(each * service / served, 1.0)
     line = np.where(np.asarray(batch) > 1, 1, servers)  # servers of one line
-    queued = busy ** (np.sqrt(2 * (line + 1)) - 1)  # probability that none of them is free
+    alone = np.asarray(batch) <= 1
+    queued = np.where(alone, erlang_c(servers, busy), busy)  # probability that none of them is free
     slots = line * batch
-    over = stable ** (np.sqrt(2 * (slots + 1)) - 1)  # probability that more wait than the next batches hold
+    # Probability that more wait than the next batches hold.
+    over = np.where(alone, erlang_c(servers, stable), stable ** (np.sqrt(2 * (slots + 1)) - 1))
     rest = service * (1 + variation) / (line + 1)
     backlog = stable * over * whole_s * (1 + variation) / (2 * slots * (1 - stable))
     wait = queued * rest + backlog
@@ -89,6 +91,21 @@ def queue_of_batches(
         wait_s=np.where(beyond, np.inf, wait), wait_p95_s=np.where(beyond, np.inf, tail(queued, mean, variance)),
         batch=served, utilisation=load, busy=busy, capacity_per_s=capacity,
     )  # fmt: skip
+
+
+def erlang_c(servers: int, utilisation: Any) -> Any:
+    """Return the probability that Poisson arrivals find all servers of one line busy: Erlang's C, by his recursion for B.
+
+        B(0) = 1,   B(k) = a B(k-1) / (k + a B(k-1)),   C = B / (1 - u (1 - B)),   a = servers x utilisation u < 1
+
+    >>> round(float(erlang_c(2, 0.5)), 4), float(erlang_c(1, 0.3))
+    (0.3333, 0.3)
+    """
+    offered = servers * np.asarray(utilisation, dtype=float)
+    lost = np.ones_like(offered)
+    for count in range(1, servers + 1):
+        lost = offered * lost / (count + offered * lost)
+    return lost / (1 - utilisation * (1 - lost))
 
 
 def tail(probability: Any, mean: Any, variance: Any) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Rows in a product, up to which `Rates.few_rows_share` holds, and how the share grows with more of them, full at about 65. Eight
 # were measured; that a line serves to 16 and prompts of 64 tokens have the whole rate is all that is known of the rest.
 FEW_ROWS, FEW_ROWS_GROWTH = 16, 0.6
+# Of a float32 number of recurrent state, for each token: what it decays to, decay and product into it, product out of it.
+STATE_FLOP_PER_BYTE = 6 / 4
 FEW_ROWS_LOG_SD = 0.5  # of the share: its quartiles are 0.24 and 0.6
 
 Parts = dict[str, Any]  # name of a part -> seconds or bytes, float or array; they add up to the whole
@@ -126,13 +128,22 @@ def prefill_parts(case: Case) -> Parts:
     tokens = demand.batch * prompt
     chunks = np.ceil(tokens / np.minimum(rates.prefill_chunk_tokens, tokens))
     read = demand.linear_bytes * demand.prompt_share * expert_share_read(case, tokens / chunks) * chunks
+    first = _first_step(case)  # of a decoder's own weights, where another stack has read the prompt
     device = {
-        "weights": matrices_s(read, demand.linear_flop_per_token * demand.prompt_share * tokens, case),
+        "weights": matrices_s(read, demand.linear_flop_per_token * demand.prompt_share * tokens, case)
+        + matrices_s(
+            first * demand.linear_bytes, first * demand.linear_flop_per_token * rows_worth(case, demand.batch), case
+        ),
         "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows_worth(case, demand.batch), case),
         "attention": demand.batch * prompt_pairs(case) * demand.attention_flop_per_token_pair / rates.flop_per_s
         + demand.batch * prompt * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
+        "recurrent state": np.maximum(
+            2 * demand.batch * case.model.state_bytes / rates.bytes_per_s,
+            tokens * STATE_FLOP_PER_BYTE * case.model.state_bytes / rates.flop_per_s,
+        ),
     }
-    passed = _with_host(device, chunks * demand.kernels_per_step * rates.kernel_s + rates.step_s, rates)
+    kernels = chunks * demand.kernels_per_step * demand.prompt_passes + prompt * demand.kernels_per_prompt_token
+    passed = _with_host(device, kernels * rates.kernel_s + rates.step_s, rates)
     return passed | offloading.waiting(case, sum(passed.values()), passes=chunks)
 
 
@@ -153,15 +164,28 @@ def decode_parts(case: Case) -> Parts:
         ),
         "head": matrices_s(demand.head_read_bytes, demand.head_flop_per_token * rows_worth(case, positions), case),
         "KV cache": np.maximum(
-            demand.batch * context * demand.kv_bytes_per_token / rates.kv_bytes_per_s,
-            positions * context * demand.attention_flop_per_token_pair / rates.flop_per_s,
+            demand.batch
+            * context
+            * (demand.kv_bytes_per_token + demand.expanded_bytes_per_token)
+            / rates.kv_bytes_per_s,
+            context
+            * (positions * demand.attention_flop_per_token_pair + demand.batch * demand.expanding_flop_per_token)
+            / rates.flop_per_s,
         ),
-        "recurrent state": 2 * demand.batch * case.model.state_bytes / rates.bytes_per_s,
+        "recurrent state": np.maximum(
+            2 * demand.batch * case.model.state_bytes / rates.bytes_per_s,
+            positions * STATE_FLOP_PER_BYTE * case.model.state_bytes / rates.flop_per_s,
+        ),
         "drafts": matrices_s(demand.draft_bytes_per_step, demand.draft_flop_per_step, case),
     }
     kernels = demand.kernels_per_step + demand.draft_kernels_per_step
     step = _with_host(device, kernels * rates.kernel_s + rates.step_s, rates)
     return step | offloading.waiting(case, sum(step.values()))
+
+
+def _first_step(case: Case) -> Any:
+    """Return the share of the layers' weights that the first output token goes through beside the prompt's own."""
+    return np.where(case.demand.prompt_passes > 1, case.demand.output_share, 0.0)
 
 
 def mean_context(case: Case) -> Any:
@@ -179,25 +203,28 @@ def request_work(case: Case) -> tuple[Any, Any]:
     """Return (bytes read, flop) of one batch of requests from first to last token: what activity costs energy."""
     demand = case.demand
     prompt = new_tokens(case)
-    steps = (case.workload.output_tokens - 1) / demand.tokens_per_step
+    steps = (case.workload.output_tokens - 1) / demand.tokens_per_step if case.decodes else 0.0
     positions = demand.batch * demand.verified_tokens_per_step
     context = mean_context(case)
     read = demand.linear_bytes * demand.prompt_share * expert_share_read(case, demand.batch * prompt)
-    read = read + demand.head_read_bytes
+    read = read + demand.head_read_bytes + _first_step(case) * demand.linear_bytes
     read = read + steps * (
         demand.linear_bytes * demand.output_share * expert_share_read(case, positions)
         + demand.head_read_bytes
-        + demand.batch * context * demand.kv_bytes_per_token
+        + demand.batch * context * (demand.kv_bytes_per_token + demand.expanded_bytes_per_token)
+        + 2 * demand.batch * case.model.state_bytes
         + demand.draft_bytes_per_step
     )
     flop = demand.batch * prompt * demand.linear_flop_per_token * demand.prompt_share
-    flop = flop + demand.batch * demand.head_flop_per_token
+    flop = flop + demand.batch * (demand.head_flop_per_token + _first_step(case) * demand.linear_flop_per_token)
+    flop = flop + demand.batch * prompt * STATE_FLOP_PER_BYTE * case.model.state_bytes
     flop = flop + demand.batch * prompt_pairs(case) * demand.attention_flop_per_token_pair
-    flop = flop + steps * demand.draft_flop_per_step
+    flop = flop + steps * (demand.draft_flop_per_step + demand.batch * context * demand.expanding_flop_per_token)
     flop = flop + steps * positions * (
         demand.linear_flop_per_token * demand.output_share
         + demand.head_flop_per_token
         + context * demand.attention_flop_per_token_pair
+        + STATE_FLOP_PER_BYTE * case.model.state_bytes
     )
     return read, flop
 
@@ -215,13 +242,20 @@ def memory_parts(case: Case) -> Parts:
         "weights": weights_bytes(case) + beside_bytes(case) - offloading.saved_bytes(case),
         "kernels' copies of weights": copies_bytes(case),
         "KV cache": cache_bytes(case),
-        "activations": live * demand.activation_bytes_per_token,
+        "activations": live * demand.activation_bytes_per_token + _expanded_bytes(case),
         "logits": 4.0 * demand.batch * case.model.vocab_size,
         "engine": rates.runtime_bytes,
     }
     if not case.decodes:  # states come out, no tokens
         del parts["KV cache"], parts["logits"]
     return parts
+
+
+def _expanded_bytes(case: Case) -> Any:
+    """Return the bytes of one layer's keys and values while they are made from a latent cache, at full length."""
+    demand = case.demand  # what is written and read at each step, of all layers
+    kept = case.workload.prompt_tokens + case.workload.output_tokens
+    return demand.batch * kept * demand.expanded_bytes_per_token / (2 * demand.layers)
 
 
 def weights_bytes(case: Case) -> Any:

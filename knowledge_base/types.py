@@ -71,6 +71,9 @@ class Model(Changing):
     window_share: float = 1.0  # of the KV cache, what lies in layers with that window; the others see everything
     attention_layers: int  # layers that hold a KV cache; 0 for a pure state-space model
     kv_values_per_layer: float | None = None  # numbers cached for a token, where heads do not tell: latent attention
+    latent_rank: int = field(
+        default=0, metadata=UNSAID
+    )  # of them, those that keys and values of all heads are made from
     state_bytes: int = 0  # recurrent state for each sequence (state-space models)
     weight_dtype: str  # "float32" | "bfloat16" | "float16" | ...: the most common dtype in the file
     weight_bytes: int  # bytes of all tensors on disk
@@ -196,6 +199,7 @@ class Hardware:
     name: str
     devices: tuple[Device, ...]
     host_memory_bytes: int
+    host_assumed: bool = False  # that is not known: as much as its devices have
     memory_limit_bytes: int  # cgroup or ulimit, else host_memory_bytes
     disk_bytes_per_s: float | None = None  # reading a file of which nothing is in memory; None: not known
     host_link_bytes_per_s: float | None = None  # from its memory to the accelerator, one way; None: not known
@@ -411,8 +415,14 @@ class Demand(Changing):
     prompt_share: float = 1.0  # of the layers' matrices, for each prompt token
     output_share: float = 1.0  # of the layers' matrices, for each output token
     prompt_pairs_ratio: float = 1.0  # attention while reading a prompt, over that of causal attention in `layers`
+    prompt_passes: float = 1.0  # launches before the first token, over those of a decode step: two stacks of layers
+    kernels_per_prompt_token: float = 0.0  # launches of a recurrence that goes through its prompt one by one
     # cache and activations
     kv_bytes_per_token: float
+    expanded_bytes_per_token: float = (
+        0.0  # of context, written and read at each step: keys and values made from a latent cache
+    )
+    expanding_flop_per_token: float = 0.0  # ... and the arithmetic of making them
     activation_bytes_per_token: float  # live at once during prefill
     # execution
     layers: float

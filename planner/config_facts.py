@@ -36,7 +36,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "context_tokens": (
         (
             "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx", "seq_length",
-            "model_max_length", "context_length",
+            "model_max_length", "context_length", "max_source_positions", "max_target_positions",
         ),
         1, 2**31,
     ),
@@ -94,6 +94,7 @@ class Facts:
     window_share: float  # of the cache, what lies in layers with that window
     attention_layers: int
     kv_values_per_layer: float | None  # None: keys and values of kv_heads
+    latent_rank: int  # of them, those that keys and values of all heads are made from; 0: none
     state_values: int  # numbers of recurrent state for each sequence, all layers
     wide_state_values: int  # of those, what is kept in float32 whatever the weights are: all but convolution inputs
 
@@ -279,7 +280,7 @@ def facts_of(
             context_tokens=context,
         ),
         gated=gated, window=window, window_share=window_share, kv_values_per_layer=latent,
-        attention_layers=attention_layers, state_values=state_values, wide_state_values=wide,
+        latent_rank=(got["latent_rank"] or 0) if latent else 0, attention_layers=attention_layers, state_values=state_values, wide_state_values=wide,
     )  # fmt: skip
 
 

@@ -181,6 +181,7 @@ def _machine(values: dict[str, Any], node: Node) -> dict[str, Any]:
     }  # fmt: skip
     hardware["host_memory_bytes"] = round(values["host_memory_bytes"] or sum(d.memory_bytes for d in devices))
     runs_on = next((d for d in devices if d.kind == "gpu"), devices[0])
+    hardware["host_assumed"] = values["host_memory_bytes"] is None and runs_on.kind == "gpu"
     return {**hardware, "memory_limit_bytes": runs_on.memory_bytes}
 
 

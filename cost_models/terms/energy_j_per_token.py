@@ -1,4 +1,4 @@
-"""Energy of the device for each output token: power that follows activity, times time. Never power cap x time."""
+"""Energy of the device for each output token, of an encoder for each it reads: power that follows activity, times time. Never power cap x time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDLE_RATIO = {"cpu": 0.3, "gpu": 0.12}  # of busy power: H100 70 of 700 W, B200 
 
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
-    """Return mean power x latency / (batch x output_tokens), in joules.
+    """Return mean power x latency / (batch x counted_tokens), in joules.
 
     The published power cap (TDP) stands for busy power: what the device draws when memory and arithmetic are both
     fully used. The rest of the machine (fans, disks, idle GPUs) is left out.
@@ -29,14 +29,13 @@ def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
     Raises:
         EnvironmentProblem: the device has neither a known power nor a core count to model one from.
     """
-    case.need_decoding()
     idle_w, busy_w, doubt, note = device_power(case.device)
     latency = used["latency_s"]
     read, flop = request_work(case)
     memory_share = np.minimum(read / (latency.mid * case.rates.bytes_per_s), 1.0)
     compute_share = np.minimum(flop / (latency.mid * case.rates.peak_flop_per_s), 1.0)
     power = power_w(idle_w, busy_w, memory_share, compute_share, base=0.6 if case.device.kind == "cpu" else 0.35)
-    tokens = case.demand.batch * case.workload.output_tokens
+    tokens = case.demand.batch * case.counted_tokens
     return Prediction(
         mid=power * latency.mid / tokens,
         log_sd=np.hypot(latency.log_sd, doubt),

@@ -1,4 +1,4 @@
-"""Output tokens for each second, over the batch."""
+"""Output tokens for each second, over the batch; of an encoder those it reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ USES: tuple[str, ...] = ("latency_s",)
 
 
 def predict(case: Case, used: Mapping[str, Prediction]) -> Prediction:
-    """Return batch x output_tokens / latency: batches follow one another without a gap."""
-    case.need_decoding()
+    """Return batch x counted_tokens / latency: batches follow one another without a gap."""
     latency = used["latency_s"]
-    rate = case.demand.batch * case.workload.output_tokens / latency.mid
+    rate = case.demand.batch * case.counted_tokens / latency.mid
     return Prediction(mid=rate, log_sd=latency.log_sd, inherited_log_sd=latency.log_sd)

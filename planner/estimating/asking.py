@@ -53,10 +53,12 @@ class Asked:
         self._check_machine()
         self._check_workload("" if lengths_from == "--prompt-tokens" else lengths_from)
         workload, most = self.workload, self.model.max_context_tokens
-        if workload.prompt_tokens + workload.output_tokens > most:
+        lengths = [workload.prompt_tokens] + [workload.output_tokens] * (self.model.kind != "encoder")
+        if sum(lengths) > most:
+            what = "a text" if len(lengths) == 1 else "prompt and answer together"
             raise BadInput(
-                f"{workload.prompt_tokens} + {workload.output_tokens} tokens are more than the model's {most}",
-                hint=f"prompt and answer together may have {most}: --prompt-tokens, --output-tokens", where=lengths_from,
+                f"{' + '.join(map(str, lengths))} tokens are more than the model's {most}",
+                hint=f"{what} may have {most}: --prompt-tokens, --output-tokens", where=lengths_from,
             )  # fmt: skip
         if self.by_law:
             self._check_law(steps_from)

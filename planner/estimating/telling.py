@@ -30,7 +30,7 @@ class MemoryNeeded(TypedDict):
     each_device_bytes: float | None  # null where the model runs on the host's processor
     each_device_limit_bytes: float | None
     host_bytes: float | None
-    host_limit_bytes: float
+    host_limit_bytes: float | None  # null where nothing tells it
 
 
 class Estimated(TypedDict):
@@ -65,7 +65,7 @@ def estimated(priced: Priced) -> Estimated:
 
 def _memory(priced: Priced) -> MemoryNeeded:
     hardware, peak = priced.asked.hardware, priced.values[PEAK].mid
-    host = float(hardware.host_memory_bytes)
+    host = None if hardware.host_assumed else float(hardware.host_memory_bytes)
     if hardware.device.kind == "cpu":
         return MemoryNeeded(devices=1, each_device_bytes=None, each_device_limit_bytes=None, host_bytes=peak, host_limit_bytes=host)  # fmt: skip
     count = sum(device == hardware.device for device in hardware.devices)

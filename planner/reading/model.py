@@ -191,6 +191,7 @@ def _read(
         window_share=facts.window_share,
         attention_layers=facts.attention_layers,
         kv_values_per_layer=facts.kv_values_per_layer,
+        latent_rank=facts.latent_rank,
         state_bytes=_state_bytes(described, facts, weight_dtype),
         weight_dtype=weight_dtype,
         weight_bytes=weight_bytes,
@@ -287,7 +288,9 @@ def _configured_dtype(
     if found is None and packed is not None:  # what else quantised checkpoints keep; the others' default is float32
         notes.append("config.json states no dtype; bfloat16 is taken for what is not quantised")
         found = "bfloat16"
-    found = found or "float32"
+    if found is None:
+        notes.append("config.json states no dtype; float32 is taken, as transformers does")
+        found = "float32"
     name = str(found).removeprefix("torch.")
     if name not in _FORMATS:
         raise BadInput(

@@ -27,8 +27,7 @@ def told(tmp_path, capsys):
 
 def test_an_encoder_writes_no_tokens(told):
     facts = told()
-    without = {"tpot_s", "throughput_tokens_per_s", "kv_cache_bytes", "energy_j_per_token", "cost_usd_per_token"}
-    assert without <= facts["not_predicted"].keys()
+    assert {"tpot_s", "kv_cache_bytes"} <= facts["not_predicted"].keys()
     assert "one pass" in facts["not_predicted"]["tpot_s"]
     assert facts["predicted"]["values"]["latency_s"]["mid"] == facts["predicted"]["values"]["ttft_s"]["mid"]
     assert facts["predicted"]["values"]["requests_per_s"]["mid"] == pytest.approx(
@@ -40,6 +39,20 @@ def test_an_encoder_writes_no_tokens(told):
     )
     assert not {"KV cache", "logits"} & {part["name"] for part in memory}
     assert facts["waterfall"]["decode"] == []
+
+
+@pytest.mark.parametrize("load", [(), ("--requests-per-s", "40"), ("--concurrency", "16")])
+def test_figures_for_each_token_are_of_those_it_reads(told, load):
+    values = {
+        name: value["mid"] for name, value in told("--prompt-tokens", "200", *load)["predicted"]["values"].items()
+    }
+    assert values["throughput_tokens_per_s"] == pytest.approx(200 * values["requests_per_s"])
+    watts = values["energy_j_per_token"] * values["throughput_tokens_per_s"]
+    assert 50 < watts <= 450 and values["cost_usd_per_token"] > 0 and values["carbon_gco2e_per_token"] > 0
+
+
+def test_its_answer_takes_no_room_in_the_context(told):
+    assert told("--prompt-tokens", "512")["workload"]["prompt_tokens"] == 512
 
 
 def test_texts_that_arrive_wait(told):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from cost_models.queueing import (
     Work,
     affine,
+    erlang_c,
     queue_of_batches,
     shared_service,
     slots_of_arrivals,
@@ -272,3 +274,12 @@ def test_a_fuller_server_answers_no_sooner_and_longer_answers_come_no_sooner(
     assert here.first_s <= here.whole_s <= here.whole_p95_s and here.first_s <= here.first_p95_s
     longer = slots_of_clients(slots, replace(work, output_tokens=output + 1))
     assert float(slots_of_clients(slots, work).whole_s) <= float(longer.whole_s) * (1 + 1e-6)
+
+
+def test_many_servers_of_single_requests_seldom_keep_one_waiting() -> None:
+    # M/M/8 at an offered load of 2: C = 2^8 / 8! x 8 / 6 / (sum of 2^k / k! below 8 + that) = 0.0011
+    found = queue_of_batches(2.0, 1.0, 1.0, 1, servers=8, variation=1.0)
+    term = 2.0**8 / math.factorial(8) * 8 / 6
+    waits = term / (sum(2.0**k / math.factorial(k) for k in range(8)) + term)
+    assert erlang_c(8, 0.25) == pytest.approx(waits)
+    assert found.wait_s < 2 * waits / (8 * 0.75) and found.wait_p95_s == 0

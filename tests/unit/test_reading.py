@@ -197,6 +197,24 @@ def test_published_models_have_their_published_size(name: str, tmp_path: Path) -
         assert (model.sliding_window_tokens, model.window_share) == (4096, 0.5), "every other layer sees everything"
 
 
+def test_a_dtype_that_is_not_stated_is_told(tmp_path: Path) -> None:
+    told = {
+        name: read_model(write_config(tmp_path / name, PUBLISHED[name][0]), weights="optional")
+        for name in ("gpt2", "Llama-3-70B")
+    }
+    assert told["gpt2"].model.weight_dtype == "float32"
+    assert [any("states no dtype" in note for note in read.notes) for read in told.values()] == [True, False]
+
+
+def test_speech_models_read_no_more_than_their_positions(tmp_path: Path) -> None:
+    sizes = {f"{part}_{name}": 4 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = {
+        "model_type": "whisper", "is_encoder_decoder": True, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, **sizes,
+        "vocab_size": 51865, "max_source_positions": 1500, "max_target_positions": 448, "num_mel_bins": 80,
+    }  # fmt: skip
+    assert read_model(write_config(tmp_path, config), weights="optional").model.max_context_tokens == 1500
+
+
 def test_a_70b_config_is_read_without_torch_in_milliseconds(tmp_path: Path) -> None:
     write_config(tmp_path, PUBLISHED["Llama-3-70B"][0])
     code = (
