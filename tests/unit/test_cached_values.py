@@ -100,9 +100,14 @@ def test_of_an_encoder_decoder_prompts_go_through_the_encoder_alone(model: Any) 
     assert demand.prompt_share + demand.output_share == 1
     assert demand.prompt_pairs_ratio == 2 * 12 / 6, "both ways, in twice as many layers"
     costs = case(m, 256)
-    whole = SimpleNamespace(**{**vars(costs.demand), "prompt_share": 1.0, "output_share": 1.0})
-    all_ = replace(costs, demand=whole)
-    assert prefill_parts(costs)["weights"] == pytest.approx(demand.prompt_share * prefill_parts(all_)["weights"])
+    assert demand.prompt_passes == 1 + 12 / 6, "launches of both stacks come before the first token"
+    read, all_ = (
+        replace(costs, demand=SimpleNamespace(**{**vars(costs.demand), "prompt_passes": 1.0, **shares}))
+        for shares in ({}, {"prompt_share": 1.0, "output_share": 1.0})
+    )
+    assert prefill_parts(read)["weights"] == pytest.approx(demand.prompt_share * prefill_parts(all_)["weights"])
+    first = prefill_parts(costs)["weights"] - prefill_parts(read)["weights"]
+    assert first == pytest.approx(decode_parts(costs)["weights"]), "the first token is written by the decoder"
     assert decode_parts(costs)["weights"] == pytest.approx(demand.output_share * decode_parts(all_)["weights"])
 
 
