@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models.demand import DTYPE_BYTES
+from knowledge_base import units
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Model
 
@@ -140,7 +141,7 @@ def check_model(model: Model, setup: TrainingSetup) -> None:
         if there:
             raise BadInput(
                 f"`{model.name}` has {what}, whose training memory has no formula here",
-                hint="measure one step, or train a model with the usual attention in every layer", where="model",
+                hint=f"{_counted(model, setup)}; measure one step, or train a model with the usual attention in every layer", where="model",
             )  # fmt: skip
     if setup.whole and model.quantised_format.startswith("int"):
         raise BadInput(
@@ -156,6 +157,17 @@ def check_model(model: Model, setup: TrainingSetup) -> None:
         raise BadInput(
             f"`{model.name}` has no gate matrix to adapt", hint="leave `gate` out of targets", where="targets"
         )
+
+
+def _counted(model: Model, setup: TrainingSetup) -> str:
+    """Return what its parameters alone tell of a model whose activations have no formula."""
+    parts = {"weights": base_bytes(model, setup)}
+    if setup.method == "full" and setup.optimiser != "adafactor":  # whose states follow from the layers' shapes
+        parts["gradients"] = model.params_total * DTYPE_BYTES[setup.gradient_dtype or trained_dtype(setup)]
+        parts["optimiser states"] = state_bytes(model, setup)
+        parts["master copies"] = 4.0 * model.params_total if setup.master_weights else 0.0
+    told = ", ".join(f"{name} {units.format(size, 'bytes')}" for name, size in parts.items() if size)
+    return f"beside activations it takes {told}"
 
 
 def head_outputs(model: Model) -> int:

@@ -452,6 +452,18 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 ]
 
 
+def test_of_a_model_without_a_formula_what_can_be_counted_is_told() -> None:
+    with pytest.raises(BadInput) as caught:
+        training_memory(replace(LLAMA, attention_layers=0), TrainingSetup())
+    one = 2 * LLAMA.params_total / 2**30
+    assert f"weights {one:.3g} GiB, gradients {one:.3g} GiB, optimiser states {2 * one:.3g} GiB" in str(
+        caught.value.hint
+    )
+    with pytest.raises(BadInput) as caught:
+        training_memory(replace(LLAMA, attention_layers=0), TrainingSetup(method="lora"))
+    assert "gradients" not in str(caught.value.hint) and "weights" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(("ask", "message"), REFUSED)
 def test_what_has_no_answer_is_refused(ask: Callable[[], object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
