@@ -30,7 +30,7 @@ class Changing:
             TypeError: there is no such value.
         """
         values = vars(self)
-        changed = {**values, **changes}
+        changed = values | changes
         if len(changed) > len(values):
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(changes.keys() - values.keys()))}")
         other = object.__new__(type(self))
