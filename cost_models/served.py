@@ -65,6 +65,9 @@ class Served:
     values: Mapping[str, Value]
     parts: Mapping[str, Mapping[str, float]]  # metric -> parts that add up to it; none where it is prevented
     bounds: Mapping[str, Mapping[str, str]]  # metric -> what each part of it waits for
+    work: Mapping[
+        str, Mapping[str, tuple[float, float]]
+    ]  # metric -> (bytes read, flop) of the parts that do any, all devices
     prevented: Mapping[str, EnvironmentProblem]
     running: float  # requests served together, on average
     room: float  # most that the memory has room for
@@ -111,6 +114,9 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     spreads = {q: serving.spread(laws, q, family) for q in ("tpot", "ttft", "energy", "memory")}
     found = _Serving(d, law, spreads, workload, hardware)
     served = found.served()
+    if count > 1:
+        sent = units.format(float(serving.exchange_bytes(d, 1.0)), "bytes")
+        assumed.append(f"for each token of a prompt or an answer every device sends {sent} to the others")
     return replace(
         served, notes=(*notes, *told, *assumed, *found.notes, *_tight(laws, family, served, found.one_cache_bytes()))
     )
@@ -260,7 +266,7 @@ class _Serving:
         parts["peak_memory_bytes"] = memory
         self._bill(values, prevented)
         return Served(
-            values=values, parts=parts, bounds=self._bounds(running), prevented=prevented, running=running, room=room, devices=int(self.d.devices),
+            values=values, parts=parts, bounds=self._bounds(running), work=self._work(running), prevented=prevented, running=running, room=room, devices=int(self.d.devices),
             limit_bytes=limit, notes=self.notes,
         )  # fmt: skip
 
@@ -288,6 +294,13 @@ class _Serving:
                 helped = float(faster[best][name]) < 0.9 * float(part)
                 found[metric][name] = "waiting" if name in WAITING else best if helped else "host-bound"
         return found
+
+    def _work(self, running: float) -> dict[str, dict[str, tuple[float, float]]]:
+        d = self._at(max(running, 1.0))
+        work = {"ttft_s": serving.prompt_work(d, self.law), "tpot_s": serving.step_work(d, self.law)}
+        return {
+            metric: {name: (float(r), float(f)) for name, (r, f) in parts.items()} for metric, parts in work.items()
+        }
 
     def _room(self) -> float:
         return float(serving.running(replace(self.d, batch=1e9), self.law))

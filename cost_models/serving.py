@@ -212,11 +212,17 @@ def experts_read(d: Deployments, tokens: Any) -> Any:
     return 1 - idle**tokens
 
 
+def weights_read_bytes(d: Deployments, tokens: Any) -> Any:
+    """Return the bytes of the weights that some tokens wake, of all devices together."""
+    return d.dense_bytes + d.expert_bytes * experts_read(d, tokens)
+
+
 def weights_s(d: Deployments, law: Law, tokens: Any) -> Any:
     """Return seconds to read the weights that some tokens wake, and to unpack them: the slower, where both keep up."""
-    experts = experts_read(d, tokens)
-    read = (d.dense_bytes + d.expert_bytes * experts) / (d.devices * d.bytes_per_s * read_share(d, law))
-    unpack = law["unpack"] * (d.dense_params + d.expert_params * experts) / (d.devices * d.vector_flop_per_s)
+    read = weights_read_bytes(d, tokens) / (d.devices * d.bytes_per_s * read_share(d, law))
+    unpack = (
+        law["unpack"] * (d.dense_params + d.expert_params * experts_read(d, tokens)) / (d.devices * d.vector_flop_per_s)
+    )
     return _both(read, unpack)
 
 
@@ -255,9 +261,13 @@ def exchange_s(d: Deployments, law: Law, tokens: Any) -> Any:
     Beyond one machine's devices the network's latency comes on top.
     """
     inside = np.minimum(d.devices, DEVICES_PER_MACHINE)
-    ring = 2 * (d.devices - 1) / d.devices * tokens * d.hidden_size * 2 / (d.link_bytes_per_s * law["link"])
     latency = law["exchange_s"] * np.log2(inside) + ETHERNET.latency_s * np.log2(d.devices / inside)
-    return 2 * d.layers * (latency + ring)
+    return 2 * d.layers * latency + exchange_bytes(d, tokens) / (d.link_bytes_per_s * law["link"])
+
+
+def exchange_bytes(d: Deployments, tokens: Any) -> Any:
+    """Return the bytes that each device sends while some tokens go through: two ring all-reduces of each layer, 16 bits."""
+    return 2 * d.layers * 2 * (d.devices - 1) / d.devices * tokens * d.hidden_size * 2
 
 
 def step_parts(d: Deployments, law: Law) -> Parts:
@@ -275,10 +285,31 @@ def step_parts(d: Deployments, law: Law) -> Parts:
     }
 
 
+def step_work(d: Deployments, law: Law) -> dict[str, tuple[Any, Any]]:
+    """Return (bytes read, flop) of the parts of a decode step that read and compute, of all devices together."""
+    batch, near = running(d, law), np.minimum(d.context_tokens, d.window_tokens)
+    windowed = _windowed(d)
+    pairs = (1 - windowed) * d.context_tokens + windowed * near
+    return {
+        "weights": (weights_read_bytes(d, batch), 2 * d.active_params * batch),
+        "KV cache": (batch * (cache_bytes(d, d.context_tokens) + d.state_bytes), batch * pairs * d.attention_flop_per_pair),
+    }  # fmt: skip
+
+
+def prompt_work(d: Deployments, law: Law) -> dict[str, tuple[Any, Any]]:
+    """Return (bytes read, flop) of reading one prompt: weights are read for each chunk."""
+    chunks = np.maximum(d.prompt_tokens / law["chunk_tokens"], 1.0)
+    return {"prompt": (chunks * weights_read_bytes(d, d.prompt_tokens), prompt_flop(d))}
+
+
+def _windowed(d: Deployments) -> Any:
+    return d.window_bytes_per_token / np.maximum(d.window_bytes_per_token + d.cache_bytes_per_token, 1e-9)
+
+
 def attention_flop(d: Deployments) -> Any:
     """Return the arithmetic of scoring the tokens of one prompt against each other."""
     tokens, near = d.prompt_tokens, np.minimum(d.prompt_tokens, d.window_tokens)
-    windowed = d.window_bytes_per_token / np.maximum(d.window_bytes_per_token + d.cache_bytes_per_token, 1e-9)
+    windowed = _windowed(d)
     pairs = (1 - windowed) * tokens**2 / 2 + windowed * (tokens - near / 2) * near
     return pairs * d.attention_flop_per_pair
 
@@ -346,8 +377,9 @@ def request_parts(d: Deployments, law: Law) -> Parts:
 def power_w(d: Deployments, law: Law, tpot_s: Any) -> Any:
     """Return the mean watts of all devices while serving: idle power and a share of the rest that follows activity."""
     batch = running(d, law)
-    read = d.dense_bytes + d.expert_bytes * experts_read(d, batch)
-    read = (read + batch * cache_bytes(d, d.context_tokens)) / (d.devices * d.bytes_per_s * tpot_s)
+    read = (weights_read_bytes(d, batch) + batch * cache_bytes(d, d.context_tokens)) / (
+        d.devices * d.bytes_per_s * tpot_s
+    )
     flop = (2 * d.active_params + prompt_flop(d) / d.output_tokens) * batch / (d.devices * d.flop_per_s * tpot_s)
     busy = law["power_base"] + law["power_read"] * read + law["power_compute"] * flop
     return d.devices * (d.idle_power_w + (d.power_w - d.idle_power_w) * np.minimum(busy, 1.0))

@@ -36,8 +36,8 @@ class TimePart(TypedDict):
     time_s: float
     share: float  # of the phase
     bound: Bound  # which of the machine's rates it waits for
-    read_bytes: float | None  # weights and cache; null: the engine's law does not tell
-    flop: float | None
+    read_bytes: float | None  # weights and cache, of all devices; null where an engine's law does not tell
+    flop: float | None  # in decode of a step of all that run
 
 
 class MemoryPart(TypedDict):
@@ -166,13 +166,18 @@ def _split(part: TimePart, priced: ByOperators, metric: str, read_bytes: float, 
 def _of_law(priced: ByLaw) -> Waterfall:
     """Return the law's parts, each with what it waits for."""
     served = priced.served
+
+    def told(metric: str, name: str, time_s: float, whole: float) -> TimePart:
+        read_bytes, flop = served.work[metric].get(name, (None, None))
+        bound: Bound = served.bounds[metric][name]  # type: ignore[assignment]
+        return TimePart(name=name, time_s=time_s, share=time_s / whole, bound=bound, read_bytes=read_bytes, flop=flop)
+
     times = {
         phase: [
-            TimePart(name=name, time_s=part, share=part / sum(parts.values()), bound=served.bounds[metric][name],  # type: ignore[typeddict-item]
-                     read_bytes=None, flop=None)
-            for name, part in parts.items() if part > 0
+            told(metric, name, part, sum(served.parts[metric].values()))
+            for name, part in served.parts[metric].items() if part > 0
         ]
-        for phase, metric in PHASES.items() if (parts := served.parts[metric]) is not None
+        for phase, metric in PHASES.items()
     }  # fmt: skip
     stored = served.parts[PEAK]
     return Waterfall(

@@ -407,3 +407,18 @@ def test_arrivals_are_part_of_a_search_and_of_an_estimate_of_many() -> None:
     single = estimate(plans[1], TOY_MODEL, workload, TOY_MACHINE).values["latency_s"]
     assert single.mid == pytest.approx(many.mid[1]) and single.p95 == pytest.approx(many.p95[1])
     assert "latency_s" not in estimate(plans[0], TOY_MODEL, workload, TOY_MACHINE).values
+
+
+def test_parts_that_read_and_compute_say_how_much(capsys: pytest.CaptureFixture[str], config: str) -> None:
+    facts = data(capsys, config, "--on", "4x h100-sxm", "--engine", "vllm", "--concurrency", "16")
+    parts = {part["name"]: part for part in facts["waterfall"]["decode"]}
+    weights = facts["predicted"]["values"]["weights_bytes"]["mid"]
+    assert 0.8 * weights < parts["weights"]["read_bytes"] <= weights  # all but the table that is looked up in
+    assert parts["weights"]["flop"] == pytest.approx(
+        16 * parts["weights"]["read_bytes"], rel=0.01
+    )  # 16 bits, 16 requests
+    assert parts["host"]["flop"] is None
+    (prompt,) = (part for part in facts["waterfall"]["prefill"] if part["name"] == "prompt")
+    assert prompt["flop"] > 128 * parts["weights"]["flop"] / 16
+    # Two all-reduces of 32 layers, 2 (4 - 1) / 4 of 4096 numbers of 16 bits each.
+    assert "every device sends 768 KiB to the others" in "\n".join(facts["notes"])
