@@ -21,7 +21,7 @@ import numpy as np
 
 from cost_models import queueing, serving
 from cost_models.demand import DTYPE_BYTES, demand_of
-from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
+from cost_models.distributed.links import ETHERNET
 from cost_models.efficiency import read_rows
 from cost_models.load import copies, falls_behind
 from cost_models.serving import Deployments, Laws
@@ -98,7 +98,7 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     _check_split(family, model, count)
     demand, weight_class, notes = _stored(family, model, workload, device, weights)
     flop_per_s, told = _rate(device, weight_class)
-    link_bytes_per_s, assumed = _link(device, count)
+    link_bytes_per_s, assumed = _link(hardware, count)
     d = serving.deployment(_computing(demand, device), hardware, devices=count, clients=True)
     d = replace(
         d, flop_per_s=flop_per_s, batch=float(workload.concurrency), link_bytes_per_s=link_bytes_per_s
@@ -122,19 +122,24 @@ def serve(family: str, model: Model, workload: Workload, hardware: Hardware, *, 
     )
 
 
-def _link(device: Device, count: int) -> tuple[float, list[str]]:
+def _link(hardware: Hardware, count: int) -> tuple[float, list[str]]:
     """Return the rate of the slowest link between the devices, and what was assumed of them."""
+    device, together = hardware.device, hardware.devices_per_machine
     found, told = device.link_bytes_per_s or serving.NO_LINK_BYTES_PER_S, []
     if count > 1 and not device.link_bytes_per_s:
         rate = units.format(serving.NO_LINK_BYTES_PER_S, "bandwidth")
         told.append(
             f"the link of `{device.name}` to its neighbours is not known: {rate} assumed, half of a PCIe 4.0 x16 slot"
         )
-    if count > DEVICES_PER_MACHINE:
-        found = min(found, ETHERNET.bytes_per_s)
+    if count > together:
+        network = hardware.network_bytes_per_s
+        between = f"{ETHERNET.name} between them assumed (a machine's file says yours)"
+        if network is not None:
+            between = f"{units.format(network, 'bandwidth')} between them"
+        found = min(found, network or ETHERNET.bytes_per_s)
         told.append(
-            f"{count} devices are {-(-count // DEVICES_PER_MACHINE)} machines of at most {DEVICES_PER_MACHINE}: "
-            f"{ETHERNET.name} between them assumed, which each exchange of a layer waits for"
+            f"{count} devices are {-(-count // together)} machines of at most {together}: {between}, "
+            "which each exchange of a layer waits for"
         )
     return found, told
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
+from cost_models.distributed.links import ETHERNET
 from cost_models.efficiency import rate, read_rows
 from knowledge_base.types import Demand, Device, Hardware
 
@@ -102,6 +102,8 @@ class Deployments:
     idle_w: Any = np.nan  # of one device; not a number where it is not known
     cache_shards: Any = np.inf  # devices that can share a sequence's cache: its key-value heads, 1 of latent attention
 
+    devices_per_machine: Any = 8
+
     @property
     def cache_copies(self) -> Any:
         """How many times all devices together hold each key and value: more than once beyond `cache_shards` of them."""
@@ -149,7 +151,7 @@ def deployment(demand: Demand, hardware: Hardware, *, devices: int = 1, clients:
         median_step=0.0, devices=float(devices), memory_bytes=float(device.memory_bytes), bytes_per_s=device.memory_bytes_per_s,
         flop_per_s=_rate(device, demand.compute_dtype), link_bytes_per_s=NO_LINK_BYTES_PER_S, power_w=device.busy_w or np.nan,
         vocab_size=float(model.vocab_size), vector_flop_per_s=vector_rate(device.flop_per_s.get("float32", np.inf), device.features),
-        idle_w=np.nan if device.idle_w is None else device.idle_w,
+        idle_w=np.nan if device.idle_w is None else device.idle_w, devices_per_machine=float(hardware.devices_per_machine),
         cache_shards=float(model.kv_heads or np.inf) if model.kv_values_per_layer is None else 1.0,
     )  # fmt: skip
 
@@ -260,7 +262,7 @@ def exchange_s(d: Deployments, law: Law, tokens: Any) -> Any:
 
     Beyond one machine's devices the network's latency comes on top.
     """
-    inside = np.minimum(d.devices, DEVICES_PER_MACHINE)
+    inside = np.minimum(d.devices, d.devices_per_machine)
     latency = law["exchange_s"] * np.log2(inside) + ETHERNET.latency_s * np.log2(d.devices / inside)
     return 2 * d.layers * latency + exchange_bytes(d, tokens) / (d.link_bytes_per_s * law["link"])
 

@@ -203,6 +203,8 @@ class Hardware:
     memory_limit_bytes: int  # cgroup or ulimit, else host_memory_bytes
     disk_bytes_per_s: float | None = None  # reading a file of which nothing is in memory; None: not known
     host_link_bytes_per_s: float | None = None  # from its memory to the accelerator, one way; None: not known
+    devices_per_machine: int = 8  # that links join; more are several machines
+    network_bytes_per_s: float | None = None  # between those, one way; None: not known
     price_usd_per_h: float | None = None
     owned: bool = False  # that price is what buying it comes to over its life: electricity is paid besides
     electricity_usd_per_kwh: float | None = None

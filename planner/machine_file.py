@@ -236,6 +236,8 @@ MACHINE = Section(
         Key("host_memory_bytes", _Bytes("bytes", 2**24, 2**50), "memory of the host", default=None, absent="as much as its devices have"),
         _known("disk_bytes_per_s", Measure("bandwidth", 1e6, 1e12), "reading a file of which nothing is in memory", example="3 GB/s"),
         _known("host_link_bytes_per_s", Measure("bandwidth", 1e6, 1e13), "from its memory to the accelerator, one way", example="25 GB/s"),
+        Key("devices_per_machine", Whole(most=4096), "devices that their links join; more are several machines"),
+        _known("network_bytes_per_s", Measure("bandwidth", 1e6, 1e13), "between machines, one way", absent="10 Gbit/s", example="50 GB/s"),
         Key("price_usd_per_h", Measure("price_per_hour", 0, 1e6), "what it costs: its rent, or where it was bought the room it stands in",
             absent="only electricity costs"),
         BOUGHT_KEY,

@@ -24,7 +24,6 @@ class Link:
 
 
 ETHERNET = Link(name="10 Gbit/s Ethernet", bytes_per_s=1.25e9, latency_s=30e-6)  # between machines, where none is named
-DEVICES_PER_MACHINE = 8  # more are several machines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

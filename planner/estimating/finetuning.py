@@ -26,7 +26,7 @@ from cost_models.distributed import (
     step_traffic,
     unequal_pipeline,
 )
-from cost_models.distributed.links import DEVICES_PER_MACHINE, ETHERNET
+from cost_models.distributed.links import ETHERNET
 from cost_models.training import (
     OPTIMISERS,
     WHOLE,
@@ -126,17 +126,17 @@ class Tuning:
 
     @property
     def cluster(self) -> Cluster:
-        """What joins the devices: their own links inside a machine of at most eight, or PCIe; Ethernet beyond."""
+        """What joins the devices: their own links inside a machine, or PCIe; the network, or Ethernet, beyond."""
         links = [one.device.link_bytes_per_s for one in self.devices]
         own = self.link_bytes_per_s or min(link or 0.0 for link in links)
         inside = Link(
             name="its own" if own else "PCIe 4.0 x16", bytes_per_s=own or PCIE_BYTES_PER_S, latency_s=LATENCY_S
         )
-        between = ETHERNET
-        if self.network_bytes_per_s is not None:
-            between = Link(name="the network", bytes_per_s=self.network_bytes_per_s, latency_s=ETHERNET.latency_s)
-        alone = len(self.machines) > 1
-        return Cluster(devices_per_machine=1 if alone else DEVICES_PER_MACHINE, inside=inside, between=between)
+        between, network = ETHERNET, self.network_bytes_per_s or self.machines[0].network_bytes_per_s
+        if network is not None:
+            between = Link(name="the network", bytes_per_s=network, latency_s=ETHERNET.latency_s)
+        together = 1 if len(self.machines) > 1 else self.machines[0].devices_per_machine
+        return Cluster(devices_per_machine=together, inside=inside, between=between)
 
     @property
     def dtype(self) -> str:

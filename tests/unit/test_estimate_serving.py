@@ -422,3 +422,23 @@ def test_parts_that_read_and_compute_say_how_much(capsys: pytest.CaptureFixture[
     assert prompt["flop"] > 128 * parts["weights"]["flop"] / 16
     # Two all-reduces of 32 layers, 2 (4 - 1) / 4 of 4096 numbers of 16 bits each.
     assert "every device sends 768 KiB to the others" in "\n".join(facts["notes"])
+
+
+def test_a_machines_file_says_how_many_devices_are_joined_and_by_what(
+    capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path
+) -> None:
+    machine = tmp_path / "pod.yaml"
+    found = {}
+    for lines in ("", "network_bytes_per_s: 50 GB/s\n", "devices_per_machine: 72\n"):
+        machine.write_text("devices: [{like: h100-sxm, count: 16}]\n" + lines)
+        kv = json.loads(Path(config).read_text()) | {
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(kv))
+        facts = data(capsys, str(tmp_path / "config.json"), "--on", str(machine), "--engine", "vllm")
+        found[lines] = facts["predicted"]["values"]["tpot_s"]["mid"], "\n".join(facts["notes"])
+    (slow, assumed), (quicker, told), (joined, silent) = found.values()
+    assert slow > quicker > joined
+    assert "Ethernet between them assumed" in assumed and "50 GB/s between them" in told and "machines of" not in silent
