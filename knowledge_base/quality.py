@@ -243,7 +243,12 @@ def _said(method: str, other_method: str, group: str, other_group: str) -> Mappi
 
 def lose_more_together(a: Loss, b: Loss) -> bool:
     """Return whether a source says that two losses together exceed their sum."""
-    said = together(a, b)
+    return _more(a.method, b.method, a.group, b.group)
+
+
+@cache
+def _more(*names: str) -> bool:
+    said = _said(*names)
     return said is not None and said["effect"] == "more"
 
 

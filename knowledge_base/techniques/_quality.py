@@ -21,7 +21,10 @@ def loss_after(demand: Demand, method: str, **knobs: Any) -> Demand:
         raise LookupError(f"no published loss of quality for {method} with {knobs}")
     if (left := math.prod(share for what, share in demand.eased if what.partition(":")[0] == loss.group)) < 1:
         loss = replace(loss, mid=left * loss.mid, low=left * loss.low, high=left * loss.high, sd=left * loss.sd)
-    shared = sum(2 * loss.sd * before.sd for before in demand.losses if lose_more_together(before, loss))
+    shared = 0.0
+    for before in demand.losses:
+        if lose_more_together(before, loss):
+            shared += 2 * loss.sd * before.sd
     return demand.but(
         perplexity_ratio=demand.perplexity_ratio * math.exp(loss.mid),
         perplexity_log_sd=math.sqrt(demand.perplexity_log_sd**2 + loss.sd**2 + shared),

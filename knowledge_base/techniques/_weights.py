@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from knowledge_base.types import Demand, Model
 
@@ -60,6 +61,7 @@ def why_not_groups(model: Model, group_size: int) -> str | None:
     return None
 
 
+@cache
 def fitting(row: int, group_size: int) -> int:
     """Return the size of groups that a row of so many weights gets: the largest up to the one asked for that divides it.
 
@@ -78,7 +80,11 @@ def mean_over_rows(model: Model, of: Callable[[int], float]) -> float:
         (heads, model.hidden_size),
         (model.ffn_size, experts * model.hidden_size),
     )
-    return sum(row * rows * of(row) for row, rows in matrices) / sum(row * rows for row, rows in matrices)
+    weights = found = 0.0
+    for row, rows in matrices:
+        weights += row * rows
+        found += row * rows * of(row)
+    return found / weights
 
 
 def int4_bits(group_size: int) -> float:
