@@ -243,6 +243,7 @@ def test_a_command_without_a_schema_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- talk
 
 
+@pytest.mark.slow
 @every_case
 def test_quiet_says_nothing_but_data(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main([*shlex.split(line), "--quiet"])

@@ -77,6 +77,7 @@ def test_forgetting_takes_it_all_back(place: Path, calibrated: dict[str, Any], t
     assert estimated(tmp_path, "llama_cpp")["tpot_s"]["source"] == "analytic"
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(place: Path, tmp_path: Path, machine: Path) -> None:
     shutil.copytree(machine, tmp_path / ".leanplan")
     line = command("calibrate", "--engine", "llama_cpp", "--time-limit", "280s", "--json")
@@ -112,6 +113,7 @@ def test_bad_input_is_one_clear_message(place: Path, flags: tuple[str, ...], cod
     assert said in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_too_short_is_refused(place: Path, tmp_path: Path) -> None:
     from planner.tiny_models import make_tiny_model
 

@@ -294,15 +294,8 @@ def _processes_under(folder: Path) -> list[int]:
 
 @pytest.mark.row(59, 60, 64, 65)
 @pytest.mark.promise("P1", "P5")
-@pytest.mark.parametrize(
-    "how",
-    [
-        signal.SIGKILL,
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-    ],
-    ids=lambda s: s.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interrupted_run_goes_on_where_it_was(
     place: Path, machine: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

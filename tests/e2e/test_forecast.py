@@ -76,6 +76,7 @@ def test_the_forecast_alone_runs_nothing(place: Path, foretold: dict) -> None:
     assert all(amount["fact"] is None for amount in foretold["amounts"].values())
 
 
+@pytest.mark.slow
 def test_what_the_run_took_lies_within_what_was_told_before(answer: ParetoSet, foretold: dict) -> None:
     """Time is shown, not judged here: other programs may hold the cores."""
     assert answer.forecast is not None

@@ -120,6 +120,7 @@ def test_a_chat_is_rendered_by_the_models_template(served: Served) -> None:
     assert end["object"] == "chat.completion.chunk" and end["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_an_answer_without_a_number_is_as_long_as_is_usual(served: Served) -> None:
     assert served.answer({"prompt": PROMPT, "ignore_eos": True})["usage"]["completion_tokens"] == 16
     assert served.answer({"prompt": PROMPT * 127 + PROMPT[:4], "ignore_eos": True})["usage"]["completion_tokens"] == 4

@@ -401,6 +401,7 @@ def test_a_file_that_is_there_is_not_overwritten_without_asking(start: Callable[
     validate(place / "other.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "marks"),
     [

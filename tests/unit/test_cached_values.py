@@ -67,6 +67,7 @@ KEPT: dict[str, tuple[int, int | None, float, int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_kept_for_each_token_and_sequence(name: str, model: Any) -> None:
     m = model(name)

@@ -150,6 +150,7 @@ def test_a_draft_model_forgets_what_was_refused(architecture, right):
     assert lengths == [len(prompt) + 1 + len(kept) + 3] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_layers_change_steps_but_no_token(tmp_path, architecture, no_lookup):
     folder = tiny_folder(architecture)
@@ -162,6 +163,7 @@ def test_first_layers_change_steps_but_no_token(tmp_path, architecture, no_looku
     assert found.memory()["kv_cache_bytes"] <= 1.1 * plain.memory()["kv_cache_bytes"]  # the model's own cache serves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_drafts_go_with_a_quantised_cache(model_folder, tmp_path, bits, no_lookup):
     for name, knobs in (("draft_model", {"tokens": 4}), ("draft_layers", {})):

@@ -206,6 +206,7 @@ def test_with_other_pins_it_is_not_taken_for_whole(made: Path, world: Path, monk
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_is_half_made_and_the_same_command_goes_on(shelf: Path, tmp_path: Path) -> None:
     homes = tmp_path / "homes"
     world = environment(**variables(shelf, homes))

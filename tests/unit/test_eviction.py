@@ -261,6 +261,7 @@ def test_tokens_that_stay_in_a_pruned_prompt_are_where_they_were():
             assert torch.allclose(plain.lm_head(plain.model.norm(states))[0], found[row], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
 def test_what_is_scored_is_what_decodes(opened, runtime):
     """The tokens that greedy decoding chose are the likeliest where the same text is scored after the same prompt."""
@@ -277,6 +278,7 @@ def test_what_is_scored_is_what_decodes(opened, runtime):
     assert numpy.abs(whole - rows).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=str)
 def test_each_half_is_scored_after_the_one_before_it(opened, runtime):
     running, plain = opened(runtime), opened({}).log_probs(TOKENS)

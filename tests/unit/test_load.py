@@ -46,6 +46,7 @@ def test_times_are_those_of_the_service() -> None:
     assert told.figures["throughput_tokens_per_s"].value <= 5 / 0.4 + 5 / 0.5  # one client, cut at the ends
 
 
+@pytest.mark.slow
 def test_a_slow_answer_delays_no_arrival() -> None:
     with timed_service(Timed(first_s=3.0)) as timed:
         run = driven(timed, Workload(prompt_tokens=4, output_tokens=1, requests_per_s=30))
@@ -69,6 +70,7 @@ def test_clients_wait_for_their_last_answer() -> None:
     assert run.scenario == "clients" and len(run.counted) >= 5
 
 
+@pytest.mark.slow
 def test_all_at_once_are_all_there_at_once() -> None:
     with timed_service(Timed(first_s=3.0)) as timed:
         run = driven(timed, protocol=Protocol(all_at_once=12, warm_up_s=0.0, most_s=30.0))

@@ -120,6 +120,7 @@ def test_an_artefact_is_whole_and_known_by_its_digest(artefacts, given):
     assert not (given[0] / "work" / built.folder.name).exists()
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_same_digest(artefacts, servers, given, tmp_path):
     _, folder, model = given
     step = Step("weight_dtype", {"dtype": "bfloat16"})

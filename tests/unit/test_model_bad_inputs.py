@@ -352,6 +352,7 @@ def test_shapes_that_disagree(folder: Path) -> None:
     refused(folder, "config.json says", "config and weights disagree")
 
 
+@pytest.mark.slow
 @pytest.mark.row(28)
 def test_families_outside_the_table_are_compared_too(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -68,6 +68,7 @@ def opened(folder: Path):
 # ---------------------------------------------------------------- the same answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "steps"),
     [

@@ -66,6 +66,7 @@ def test_it_computes_with_the_scales_that_will_be_stored():
     assert torch.allclose(trained(x).T, trained.packed(torch.float32).dequantised(), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "architecture", "dtype"), [
     ("int2", "llama", torch.float32), ("int3", "gpt2", torch.bfloat16), ("int4", "mixtral", torch.float32),
     ("int2", "llama", torch.float16),

@@ -97,6 +97,7 @@ def test_a_model_that_cannot_is_told(ask, tmp_path):
     assert found.warnings[0].endswith(f" of {retrieval.PROMPTS * retrieval.FACTS}")
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_out_nothing_is_asked(ask):
     assert ask(MODEL, {}) == retrieval.Recalled()
     assert ask(MODEL, {"kv_bits": 8}) == retrieval.Recalled()

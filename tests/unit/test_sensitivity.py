@@ -248,6 +248,7 @@ def measured(tmp_path_factory):
     return json.loads(json.dumps(weight_mixed.options(found, time_limit_s=1e6, choose="everything")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("choose", "average_bits"), [("bits", 3.5), ("bits", 5.5), ("everything", 3.0)])
 def test_measured_allocated_and_packed_within_the_bits(session, measured, choose, average_bits, tmp_path):
     knobs = {"average_bits": average_bits, "choose": choose, "speedup": 0.0}

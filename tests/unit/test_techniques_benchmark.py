@@ -31,6 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, machine: Path) -> Any:
 # ---------------------------------------------------------------- what is measured
 
 
+@pytest.mark.slow
 def test_every_technique_is_measured_or_left_out_with_the_reason(prepared: Any) -> None:
     plans, left_out = bench.plans_of(prepared.space, prepared.refused)
     assert {*plans, *left_out} == set(techniques.names())

@@ -80,6 +80,7 @@ def test_an_end_of_text_token_ends_one_answer_and_no_other(tmp_path: Path) -> No
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "config", "why"),
     [
