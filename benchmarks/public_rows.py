@@ -473,6 +473,7 @@ def _observed(rows: Sequence[Row]) -> Observed:
         vocab_size=of("shape", "head_params") / of("shape", "hidden_size"),
         vector_flop_per_s=np.array([vector_rate(rate, features_of(row.device)) for rate, row in zip(np.nan_to_num(fact("float32_flop_per_s"), nan=np.inf), rows)]),
         idle_w=fact("idle_w"), cache_shards=of("shape", "cache_shards"),
+        devices_per_machine=np.full(len(rows), float(MULTI_NODE)),
     )  # fmt: skip
     return Observed(
         deployments=deployments, quantity=np.array([row.metric for row in rows]), value=of("value"),
