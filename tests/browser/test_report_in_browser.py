@@ -181,7 +181,7 @@ def test_many_plans_are_light_and_soon_there(browser: Browser, pages: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["many", "hostile", *(pytest.param(name, marks=pytest.mark.slow) for name in ("few", "predicted"))]
+    "name", ["hostile", *(pytest.param(name, marks=pytest.mark.slow) for name in ("many", "few", "predicted"))]
 )
 @pytest.mark.parametrize("width", SIZES)
 def test_labels_neither_overlap_nor_leave_the_page(

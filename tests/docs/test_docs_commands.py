@@ -76,6 +76,7 @@ def _relaxed(spec: str) -> str:
     return spec
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", _parameters())
 def test_what_a_page_prints_runs(page: Path, place: Path) -> None:

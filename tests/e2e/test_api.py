@@ -136,6 +136,7 @@ def test_bad_arguments_are_told(store: Path) -> None:
         plan("/nowhere/at/all", budgets={"peak_memory": "1 GiB"}, predict=True, store=store)
 
 
+@pytest.mark.slow
 def test_the_readme_example_runs(tmp_path: Path) -> None:
     """Every Python block of the README, as printed, from the project's root."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

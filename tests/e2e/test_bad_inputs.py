@@ -177,6 +177,7 @@ def test_an_energy_budget_that_cannot_be_measured_is_named_at_the_start(place: P
         assert "source: any" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.row(56)
 def test_a_baseline_that_does_not_run_is_told(place: Path) -> None:
     (place / "small.yaml").write_text(GOOD + WORKLOAD + "limits: {memory: 32 MiB}\nengines: [transformers]\n")

@@ -191,6 +191,7 @@ def test_it_can_be_looked_at(planned: dict, place: Path) -> None:
         json.loads(as_json.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.promise("P10")
 def test_the_recipe_rebuilds_the_same_artefact(planned: dict, place: Path, tmp_path: Path) -> None:
     recipe = planned["run"] / "plans" / planned["recommended_id"] / "plan.json"
@@ -207,6 +208,7 @@ def test_the_recipe_rebuilds_the_same_artefact(planned: dict, place: Path, tmp_p
     assert "tokenizer.json" in spoilt.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.promise("P2")
 def test_a_second_plan_measures_nothing_twice(planned: dict, place: Path) -> None:
     """A new run of the same spec: the baseline comes from the store, and with it the answer."""

@@ -231,6 +231,7 @@ def test_a_full_queue_says_when_to_come_back(served: Served) -> None:
 # ---------------------------------------------------------------- ends
 
 
+@pytest.mark.slow
 @both
 def test_asked_to_stop_it_finishes_what_it_began(own: Callable[..., Served]) -> None:
     served = own()

@@ -154,6 +154,7 @@ def test_surprise_is_that_of_a_model_of_the_first_layers():
 # ---------------------------------------------------------------- really gone, and what remains is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "keep"), EVICTING)
 def test_the_cache_has_the_bytes_that_are_predicted(opened, method, keep):
     model = facts_of(load(tiny_folder()))

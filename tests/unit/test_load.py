@@ -168,6 +168,7 @@ def test_a_service_that_speaks_something_else_is_one_clear_error(says: bytes, to
     assert len(raised.value.message) < 400 and "\n" not in raised.value.message
 
 
+@pytest.mark.slow
 def test_a_service_that_dies_under_the_load_ends_it() -> None:
     with timed_service(Timed(first_s=0.0)) as timed:
         endpoint = client.Endpoint(url=timed.url, model="timed")

@@ -61,6 +61,7 @@ def test_recovery_of_a_trained_model_holds_on_text_it_never_saw(monkeypatch):
     assert after - whole < 0.9 * (before - whole), (whole, before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "technique", "knobs"), DAMAGE)
 def test_recovery_brings_the_unchanged_model_nearer_and_keeps_the_structure(architecture, technique, knobs):
     session = damaged(architecture, technique, knobs)
