@@ -24,6 +24,9 @@ NOISY_RATIO = (
 )
 
 
+_PRICED_ON: set[Path] = set()  # the profiles this process has used: figures of one process are of the same rates
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """A machine as it was probed: what plans are priced on, and every probe's facts behind it.
@@ -84,7 +87,8 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
     """Return this machine's profile, measuring what is not known yet (under 30 s, once for each machine).
 
     Limits and counters are looked at each time; the rest is kept in `<store>/machines/<fingerprint>.json` and found
-    again only on `refresh`, or when it was measured while other programs kept the machine busy and it is quieter now.
+    again only on `refresh`, or when it was measured while other programs kept the machine busy and it is quieter now:
+    asked at a process's first use of it, so that what one process estimates can be held against each other.
 
     Raises:
         EnvironmentProblem: memory bandwidth or matrix products cannot be measured here; nothing is kept then.
@@ -93,9 +97,11 @@ def profile(store: Path, *, refresh: bool = False, tell: Callable[[str], None] =
 
     light = {name: probes.get(name).find() for name in LIGHT}
     mark = fingerprint(light)
-    path = Path(store) / "machines" / f"{mark}.json"
+    path = Path(store).resolve() / "machines" / f"{mark}.json"
     known = None if refresh else read_profile(path)
-    if known is not None and not _worth_repeating(known.facts["noise"]["busy_ratio"]):
+    settled = path in _PRICED_ON
+    _PRICED_ON.add(path)
+    if known is not None and (settled or not _worth_repeating(known.facts["noise"]["busy_ratio"])):
         facts = {**known.facts, **light}
         hardware = laid_on(_hardware(facts, mark, known.taken_at), store, tell=tell)
         return replace(known, facts=facts, hardware=hardware)

@@ -216,9 +216,13 @@ def test_rates_taken_under_load_are_taken_again_when_it_is_quieter(
     monkeypatch.setattr(probes.get("noise"), "find", lambda: busy)
     assert machine.profile(tmp_path).problems == ("when the rates were measured, other programs use 90%: stop them",)
     quick.clear()
+    monkeypatch.setattr(machine, "_PRICED_ON", set())  # as another process would find it
     machine.probe(tmp_path)
     assert "bandwidth" not in quick, "still as busy: nothing would be gained"
     monkeypatch.setattr(probes.get("noise"), "find", lambda: {**busy, "busy_ratio": 0.05, "warnings": []})
+    machine.probe(tmp_path)
+    assert "bandwidth" not in quick, "what one process prices is priced on the same rates"
+    monkeypatch.setattr(machine, "_PRICED_ON", set())
     assert machine.profile(tmp_path).problems == ()
     assert "bandwidth" in quick
 

@@ -24,7 +24,7 @@ def store(machine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def profile(store: Path) -> Path:
-    """This machine as it was measured: "local" may be measured again when it is quieter than it was."""
+    """This machine as it was measured, as a file."""
     (found,) = store.glob("machines/*.json")
     return found
 
