@@ -71,7 +71,8 @@ def test_the_planner_gets_a_quarter_of_the_runs(found_plans: Any) -> None:
     for model, questions in bench.QUESTIONS.items():
         for question in questions.values():
             spec = bench.spec_of(bench.SUBJECTS["shipped"], question, {"weight_int8"}, bench.runs_allowed(size))
-            assert spec.search.max_measured * 4 <= size and spec.techniques.only == ("weight_int8",)
+            assert spec.search.max_measured * 4 <= size
+            assert spec.techniques.only == (() if question.any_technique else ("weight_int8",))
             assert spec.workload.concurrency == question.batch
             limits = [b.value for b in spec.budgets]
             assert limits == ([] if question.quality_loss is None else [pytest.approx(question.quality_loss)]), model
