@@ -35,6 +35,8 @@ def build(model: Any) -> tuple[Model, list[Any]]:
     writer = _WRITERS.get(model.config.model_type)
     if writer is None:
         raise unsupported(f"architecture `{model.config.model_type}` (known: {', '.join(_WRITERS)})")
+    if empty := next((name for name, weight in model.named_parameters() if not weight.numel()), None):
+        raise unsupported(f"the matrix `{empty}`, of which pruning left nothing")  # it crashes as it compiles this
     graph = _Graph()
     hidden = writer(graph, model)
     logits = graph.linear(hidden, model.lm_head, HEAD)

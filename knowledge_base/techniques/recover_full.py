@@ -106,6 +106,6 @@ def execute(session: Session, *, steps: int) -> None:
 
 
 def _typical(parameters: Sequence[torch.Tensor]) -> float:
-    """Return the mean over matrices of the root mean square of their weights."""
-    sizes = [p.detach().square().mean().sqrt().item() for p in parameters if p.dim() > 1]
+    """Return the mean over matrices of the root mean square of their weights; those pruned to nothing have none."""
+    sizes = [p.detach().square().mean().sqrt().item() for p in parameters if p.dim() > 1 and p.numel()]
     return sum(sizes) / len(sizes)

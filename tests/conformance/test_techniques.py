@@ -404,6 +404,41 @@ def legal_pairs() -> list:
     return random.Random(0).sample(pairs, min(len(pairs), PAIRS))
 
 
+def beside_a_pruned_layer() -> list[str]:
+    """Techniques that change weights and may stand beside prune_to_speed."""
+    beside = [n for n in NAMES if n != "prune_to_speed" and TECHNIQUES[n].TECHNIQUE.stage != "serve"]
+    return [n for n in beside if not rules.conflict([lowest("prune_to_speed"), lowest(n)])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", beside_a_pruned_layer())
+def test_a_layer_may_have_no_channels_left(name, tmp_path, monkeypatch):
+    """How many channels stay is told by measured times, so one day it is none: what follows must take that."""
+    pruning = lowest("prune_to_speed")
+    steps = tuple(rules.order([*before(name), pruning, lowest(name)]))
+    module, session = engine_for(lowest(name)), open_session("llama")
+    if why := module.find() or next((w for s in steps if (w := legal(s, session.facts))), None):
+        pytest.skip(why)
+    layers = range(session.facts.layers)
+    kept = {f"model.layers.{i}.self_attn": "1" for i in layers} | {f"model.layers.{i}.mlp": "192" for i in layers}
+    kept["model.layers.1.mlp"] = "0"
+    monkeypatch.setitem(_CHOSEN, (session.facts.digest, steps[: steps.index(pruning) + 1]), kept)
+    try:
+        run(session, steps)
+        now = log_probs_of(session.model)
+        module.export(session, tmp_path)
+    except CandidateFailed as failed:
+        assert failed.kind == "unsupported", failed
+        pytest.skip(failed.message)
+    running = module.open_artefact(tmp_path, session.runtime)
+    try:
+        then = running.log_probs(tokens())
+    finally:
+        running.close()
+    assert numpy.isfinite(then).all()
+    assert float((numpy.exp(now) * (now - then)).sum(-1).mean()) < 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "a", "b"), [pytest.param(*p, id="-".join(p)) for p in legal_pairs()])
 def test_what_may_stand_together_does(engine, a, b, tmp_path):
