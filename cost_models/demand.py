@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
 
 from cost_models.efficiency import absorbs_latents, kv_bytes_per_value
 from cost_models.engine_memory import stored_dtype
 from knowledge_base.registry import techniques
-from knowledge_base.types import Demand, Model, Plan, Step, Workload
+from knowledge_base.types import Demand, KnownLoss, Model, Plan, Step, Workload
 
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -127,9 +128,24 @@ def apply_steps(demand: Demand, steps: Iterable[Step]) -> Demand:
     Raises:
         BadInput: a step names an unknown technique.
     """
+    known = {loss.step: loss for loss in demand.model.step_losses}
     for step in steps:
-        demand = techniques.get(step.technique).rewrite(demand, **step.knobs)
+        demand = _rewritten(demand, step, known.get(step))
     return demand
+
+
+def _rewritten(before: Demand, step: Step, known: KnownLoss | None) -> Demand:
+    """Return the demand after a step's rewrite, with the loss that was found of the step on this model, if there is one."""
+    after = techniques.get(step.technique).rewrite(before, **step.knobs)
+    if known is None:
+        return after
+    as_found = {"mid": known.log_ratio, "low": known.log_ratio, "high": known.log_ratio, "sd": known.log_sd}
+    return after.but(
+        perplexity_ratio=before.perplexity_ratio * math.exp(known.log_ratio),
+        perplexity_log_sd=math.hypot(before.perplexity_log_sd, known.log_sd),
+        losses=(*before.losses, *(replace(loss, **as_found) for loss in after.losses[len(before.losses) :])),
+        because=(*after.because, known.because),
+    )
 
 
 def demand_chain(plan: Plan, model: Model, workload: Workload) -> list[tuple[str, Demand]]:
@@ -222,6 +238,7 @@ class Chains:
 
     def __init__(self, model: Model, workload: Workload) -> None:
         self.model, self.workload = model, workload
+        self._known = {_number(loss.step): loss for loss in model.step_losses}
         self._roots: dict[str, Node] = {}
         self._count = 0
 
@@ -244,7 +261,7 @@ class Chains:
 
     def _child(self, node: Node, number: int) -> Node:
         step, before = STEPS[number], node.demand
-        after = techniques.get(step.technique).rewrite(before, **step.knobs)
+        after = _rewritten(before, step, self._known.get(number))
         variance = gain = 0.0
         if after.perplexity_log_sd != before.perplexity_log_sd:
             variance = max(0.0, after.perplexity_log_sd**2 - before.perplexity_log_sd**2)

@@ -83,6 +83,9 @@ class Model(Changing):
     quantised_format: str = ""  # of the layers' matrices, where not in weight_dtype: "int4", "mxfp4", ...
     quantised_bytes: int = 0  # bytes of the layers' matrices then, scales and matrices left as they were included
     draft: Model | None = field(default=None, metadata=UNSAID)  # a smaller one, same tokenizer, that guesses its tokens
+    step_losses: tuple[KnownLoss, ...] = field(
+        default=(), metadata=UNSAID
+    )  # what was found of single steps on this model
 
     @property
     def vocabulary_tables(self) -> int:
@@ -268,6 +271,16 @@ class Step:
     def __str__(self) -> str:
         knobs = ", ".join(f"{k}={v}" for k, v in sorted(self.knobs.items()))
         return f"{self.technique}({knobs})" if knobs else self.technique
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownLoss:
+    """What a step alone costs one model, as was found on it: instead of what is published of others."""
+
+    step: Step
+    log_ratio: float  # natural logarithm of perplexity over the unchanged model's
+    log_sd: float  # its standard deviation
+    because: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

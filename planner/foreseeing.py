@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_base import units
 from knowledge_base.build_memory import PROCESS_BYTES, loads_weights
+from knowledge_base.metrics import METRICS, find_metric
 from knowledge_base.registry import techniques
 from planner.run_forecast import STAGES, Amount, RunForecast
+from planner.step_losses import can_be_tried
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
     from planner.spec import Spec
     from planner.store import Record, Store
     from search.problem import Priced
+    from search.space import Space
 
 BUILD_SHARE = 0.1  # of the time limit, that building one candidate may be predicted to take
 CHOOSING_SHARE = 0.15  # of it, that measuring what a step can choose from may take, or LEAST_CHOOSING_S
 LEAST_CHOOSING_S = 10.0
+TRYING_SHARE = 0.1  # of it, that trying what single steps lose may take; nothing where that is below LEAST_TRYING_S
+LEAST_TRYING_S = 10.0
 FINALIST_SHARE = 0.3  # of the time limit, kept for re-measuring the finalists
 FEWEST_FINALISTS, MOST_FINALISTS = 3, 8
 OVERRUN_S = 30.0  # by which a run may pass its time limit: a candidate is stopped, the answer is written
@@ -170,7 +175,8 @@ def foresee(
         stages["unchanged"] = replace(stages["unchanged"], low=0.0, mid=0.0, because="it was measured before")
     build, measure = _building(spec, priced, likely, learned), _measuring(spec, priced, likely, learned)
     most = max(0, min(search.max_measured, problem.space.count()) - 1)
-    room_s = max(0.0, search.time_limit_s - finals_reserve_s(spec) - stages["unchanged"].mid)
+    trying = trying_s(spec, problem.space) / 2
+    room_s = max(0.0, search.time_limit_s - finals_reserve_s(spec) - stages["unchanged"].mid - trying)
 
     def fitting(each_s: float) -> int:
         return min(most, max(1, int(room_s / each_s)))
@@ -191,7 +197,8 @@ def foresee(
     stages["build"] = _times(build, ends, room_s)
     stages["measure"] = _times(measure, ends, room_s)
     rounds = SEARCH_S + ROUND_S * count / 2
-    stages["search"] = around(rounds, 0.8, learned.of("search"), "pricing plans and fitting corrections")
+    because = "pricing plans and fitting corrections" + (", trying what single steps lose" if trying else "")
+    stages["search"] = around(rounds + trying, 0.8, learned.of("search"), because)
     latency_s = float(priced.figures["latency_s"].mid[likely].mean())
     finalists = min(count, finalists_in(search.effort, latency_s, finals_reserve_s(spec)))
     finals_s = _finals_s(search.effort, latency_s, finalists) if finals_reserve_s(spec) else 0.0
@@ -270,6 +277,19 @@ def _chooses(plan: Plan) -> bool:
 def choosing_s(spec: Spec) -> float:
     """Return the seconds that measuring what a step can choose from may take."""
     return max(LEAST_CHOOSING_S, CHOOSING_SHARE * spec.search.time_limit_s)
+
+
+def trying_s(spec: Spec, space: Space) -> float:
+    """Return the seconds that trying what single steps lose may take; 0 where it is not asked for or there is no text."""
+    from search.limits import binding
+
+    asked = {find_metric(name)[0].resource for name in spec.objectives}
+    asked |= {METRICS[budget.metric].resource for budget in binding(spec.budgets)}
+    told = spec.calibration is not None and spec.calibration.data is not None
+    if not told or "quality" not in asked or not any(map(can_be_tried, space.steps())):
+        return 0.0
+    share_s = TRYING_SHARE * spec.search.time_limit_s
+    return share_s if share_s >= LEAST_TRYING_S else 0.0
 
 
 def _measuring(spec: Spec, priced: Priced, chosen: Any, learned: Experience) -> Amount:

@@ -18,7 +18,7 @@ from knowledge_base.serde import digest, plain
 from knowledge_base.types import Estimate, Measurement, Plan
 from planner import answering
 from planner.downloading import Download
-from planner.foreseeing import BUILD_SHARE, experience, finalists_in, finals_reserve_s, foresee
+from planner.foreseeing import BUILD_SHARE, experience, finalists_in, finals_reserve_s, foresee, trying_s
 from planner.judging import judge
 from planner.predicting import infeasible, learned, predicted, prices, problem_of, search_plans, spec_facts, versions
 from planner.preparing import Prepared, in_part, memory_limit_bytes, prepare, told_in_part
@@ -27,6 +27,7 @@ from planner.results import ParetoSet, PlanResult
 from planner.room import Room, room
 from planner.run_folder import RunFolder
 from planner.run_forecast import RunForecast, in_short
+from planner.step_losses import StepLoss, can_be_tried, with_losses
 from planner.store import Record, Store
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Progressing:
     before: dict[Plan, Estimate] = field(default_factory=dict)  # predictions made before each plan was measured
     why_tried: dict[Plan, str] = field(default_factory=dict)
     finalists: dict[Plan, Mapping[str, Any]] = field(default_factory=dict)  # plan -> paired ratios
+    step_losses: list[StepLoss] = field(default_factory=list)
 
     def good(self) -> dict[Plan, Record]:
         return {p: r for p, r in self.records.items() if r.measurement.failure is None}
@@ -241,9 +243,12 @@ class Run:
         pool: dict[Plan, None] = {}
         while (left := self._measurements_left()) > 0 and self._time_for_another():
             with self._timed("search"):
-                problem = self._problem()
-                pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
-                everything = problem.price(list(pool))
+                everything = self._priced(pool)
+            if self._try_steps(validator, everything):
+                with self._timed("search"):
+                    everything = self._priced(pool)
+            with self._timed("search"):
+                problem = everything.problem
                 priced, short = self._with_room(everything)
                 measured = {p: r.measurement for p, r in self.known.records.items()}
                 picks = choose(
@@ -264,6 +269,37 @@ class Run:
                     break  # less is free than a moment ago: choose again among what fits
                 self.known.before[pick.plan] = self._estimate(pick.plan, problem.calibration)
                 self._measure(validator, pick.plan, pick.why)
+
+    def _priced(self, pool: dict[Plan, None]) -> Priced:
+        """Return all plans found so far, priced by what is known by now; what is found now is added to them."""
+        problem = self._problem()
+        pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
+        return problem.price(list(pool))
+
+    def _try_steps(self, validator: Validator, priced: Priced) -> bool:
+        """Find out what the rewriting steps of promising plans lose alone, while time for it is left; whether any was told."""
+        from search.choose import hopeful_steps
+
+        left_s = trying_s(self.spec, self.prepared.space) - self.seconds.get("steps", 0.0)
+        tried = {loss.step for loss in self.known.step_losses}
+        steps = [step for step in hopeful_steps(priced, can_be_tried) if step not in tried]
+        if left_s <= 0 or not steps:
+            return False
+        self._stop_if_asked()
+        self.progress.stage("single steps")
+        with self._timed("steps"):
+            found = validator.step_losses(steps, left_s)
+        self.progress.stage("candidates")
+        self.known.step_losses += found
+        prepared = self.prepared
+        model = with_losses(
+            prepared.model, self.spec.workload, filter(can_be_tried, prepared.space.steps()), self.known.step_losses
+        )
+        self.prepared = replace(prepared, model=model)
+        told = [f"{loss.step} {loss.loss.value:+.1%}" for loss in found if loss.loss]
+        if told:
+            self.progress.line(f"perplexity that single steps cost this model, in short: {', '.join(told)}")
+        return bool(told)
 
     def _require_a_success(self) -> None:
         """Refuse an answer when every one of several candidates failed: the machine is at fault then, not the plans.
@@ -431,6 +467,8 @@ class Run:
             return None
         stages = {"prepare": self.prepared_s + self.seconds.get("read", 0.0), **self.taken}
         stages |= {name: self.seconds[name] for name in ("search", "finals") if name in self.seconds}
+        if "steps" in self.seconds:
+            stages["search"] = stages.get("search", 0.0) + self.seconds["steps"]
         facts = {
             "candidates": float(self.measured_here), "wall_s": self.prepared_s + time.monotonic() - self.started,
             "peak_memory_bytes": float(self.observer.peak_memory_bytes), "disk_bytes": float(self.observer.peak_disk_bytes),

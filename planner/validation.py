@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_base.errors import BadInput, CandidateFailed, NoFeasiblePlan
 from knowledge_base.registry import engines, techniques
-from knowledge_base.serde import digest, write_json
+from knowledge_base.serde import digest, file_digest, plain, write_json
 from knowledge_base.types import Failure, Figure, Measurement, Plan, Step
-from planner import building, energy, fidelity, measuring, retrieval
+from planner import building, energy, fidelity, measuring, retrieval, step_losses
 from planner.drafts import draft_for
 from planner.foreseeing import choosing_s
 from planner.isolation import Limits, Servers
@@ -25,6 +25,7 @@ from planner.locks import measurement_lock
 from planner.recipe import Recipe, write_recipe
 from planner.serving import OPERATIONS
 from planner.statistics import exact_figure
+from planner.step_losses import StepLoss
 from planner.store import Record, Store, measurement_key
 
 if TYPE_CHECKING:
@@ -240,6 +241,32 @@ class Validator:
             out[plan] = (replace(records[plan], measurement=measurement), new.ratios)
         return out
 
+    def step_losses(self, steps: Sequence[Step], time_limit_s: float) -> list[StepLoss]:
+        """Return what each of some rewriting steps alone loses, from the store where it was found before.
+
+        Those that time or memory are too short for are left out.
+        """
+        calibration = self.run.data.calibration
+        assert calibration is not None
+        paths = {step: self._step_path(step, calibration) for step in steps}
+        found = {step: loss for step, path in paths.items() if (loss := step_losses.kept(path))}
+        left = [step for step in steps if step not in found]
+        if left and step_losses.memory_bytes(self.model, left) <= self._limits().memory_bytes:
+            plan = self.run.baseline
+            try:
+                with self._started(plan, "steps", building.builder_preload(())) as candidate:
+                    for loss in step_losses.observe(
+                        candidate, left, self.model, model_folder=self._model_folder, calibration=calibration,
+                        seed=self.spec.search.seed, allow_pickle=self.run.settings.allow_pickle,
+                        time_limit_s=time_limit_s, progress=lambda what, done: self.run.progress.tick(what),
+                    ):  # fmt: skip
+                        found[loss.step] = loss
+                        write_json(paths[loss.step], plain(loss))
+            except CandidateFailed as error:
+                if error.kind != "timeout":
+                    self.run.progress.line(f"trying single steps given up: {error.kind}: {error.message}")
+        return list(found.values())
+
     # ------------------------------------------------------------ parts
 
     def allocate(self, plan: Plan) -> None:
@@ -268,6 +295,13 @@ class Validator:
         asked = [step.technique, asked_of(step)]
         known = [self.model.digest, self.run.data.id, self.spec.search.seed, steps, asked]
         return self.run.store.folder / "options" / f"{digest([*known, machine, versions()])[:32]}.json"
+
+    def _step_path(self, step: Step, calibration: Path) -> Path:
+        """Return where is kept what a step alone loses, for every workload and machine."""
+        from planner.predicting import versions
+
+        known = [self.model.digest, file_digest(calibration), self.spec.search.seed, step, versions()]
+        return self.run.store.folder / "step-losses" / f"{digest(known)[:32]}.json"
 
     def _build(self, plan: Plan) -> building.BuildResult:
         self.allocate(plan)
@@ -343,12 +377,15 @@ class Validator:
         return read_bytes / (1.5 * fastest) if read_bytes > CACHES and fastest else 0.0
 
     @contextlib.contextmanager
-    def _started(self, plan: Plan, purpose: str) -> Iterator[Any]:
-        """A candidate process with a folder of its own, both gone afterwards."""
+    def _started(self, plan: Plan, purpose: str, preload: tuple[str, ...] | None = None) -> Iterator[Any]:
+        """A candidate process with a folder of its own, both gone afterwards. `preload`: None for what the engine needs."""
         folder = self.run.folder.path / "work" / f"{plan.id}-{purpose}"
         try:
             with self.servers.start(
-                engines.get(plan.engine).ENGINE.preload, folder=folder, limits=self._limits(), log=self._log(plan)
+                preload or engines.get(plan.engine).ENGINE.preload,
+                folder=folder,
+                limits=self._limits(),
+                log=self._log(plan),
             ) as candidate:
                 yield candidate
         finally:
@@ -441,12 +478,6 @@ def _chosen(step: Step, measured: Mapping[str, Any]) -> dict[str, str]:
 def _peak(record: Record) -> float:
     figure = record.measurement.figures.get("peak_memory_bytes")
     return figure.value if figure else 0.0
-
-
-def _plain(value: Any) -> Any:
-    from knowledge_base.serde import plain
-
-    return plain(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

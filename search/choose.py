@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -105,6 +106,19 @@ def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
         hopeful = np.arange(len(priced.plans))
     expected = likely[front(priced.costs("mid")[likely])] if len(likely) else likely
     return expected, hopeful[front(_halfway_costs(priced)[hopeful])]
+
+
+def hopeful_steps(priced: Priced, wanted: Callable[[Step], bool]) -> list[Step]:
+    """Return the steps wanted of plans that are promising, the one of most plans first; of each technique one, then another."""
+    plans = Counter(
+        step for i in np.union1d(*promising(priced)) for step in priced.plans[i].steps if wanted(step)
+    )  # fmt: skip
+    place: Counter[str] = Counter()
+    ranked = []
+    for step, _ in sorted(plans.items(), key=lambda pair: (-pair[1], str(pair[0]))):
+        ranked.append((place[step.technique], step))
+        place[step.technique] += 1
+    return [step for _, step in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def gains_nothing(priced: Priced, among: Sequence[int], *, failed: Collection[Plan] = ()) -> list[bool]:

@@ -51,6 +51,12 @@ class Space:
             counts = [fewer + len(steps) * one_less for fewer, one_less in zip([*counts, 0], [0, *counts])]
         return counts if self.max_steps is None else counts[: self.max_steps + 1]
 
+    def steps(self) -> Iterator[Step]:
+        """Yield every step some plan may take, engine by engine."""
+        for families in self.options.values():
+            for steps in families.values():
+                yield from steps
+
     def fits(self, engine: str, steps: Sequence[Step]) -> bool:
         """Return whether no rule forbids these steps together, nor their number, whatever they still need."""
         too_many = self.max_steps is not None and len(steps) > self.max_steps

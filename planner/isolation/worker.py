@@ -29,7 +29,7 @@ from knowledge_base.build_memory import loads_weights
 from knowledge_base.errors import CandidateFailed, LeanplanError
 from knowledge_base.serde import plain, restore, write_json
 from knowledge_base.types import Model, Plan, Step
-from planner import retrieval
+from planner import retrieval, step_losses
 
 Progress = Callable[[str, float], None]
 MAX_REPLY_BYTES = 1 << 20
@@ -108,7 +108,8 @@ def cause(error: BaseException, op: str) -> tuple[str, str]:
     root = error
     while root.__cause__ is not None and not isinstance(root, LeanplanError):
         root = root.__cause__
-    kinds = {"build": "build_error", "options": "build_error", "allocated": "build_error", "open": "load_error"}
+    kinds = dict.fromkeys(("build", "options", "allocated", "try_step"), "build_error")
+    kinds |= dict.fromkeys(("open", "open_steps"), "load_error")
     if isinstance(root, ImportError):  # missing, or present and broken: either way the machine's fault, not the plan's
         return "engine_missing", describe(root)
     return kinds.get(op, "crashed"), describe(root)
@@ -489,6 +490,8 @@ OPS: dict[str, Callable[..., dict]] = {
     "build": build,
     "options": options,
     "allocated": allocated,
+    "open_steps": step_losses.open_steps,
+    "try_step": step_losses.try_step,
     "open": open_artefact,
     "block": block,
     "tokens": tokens,

@@ -12,7 +12,7 @@ from tests_support import TOY_MACHINE, TOY_MODEL, TOY_WORKLOAD
 
 from knowledge_base.types import Budget
 from planner.forecast import sample
-from planner.foreseeing import Experience, around, foresee
+from planner.foreseeing import Experience, around, foresee, trying_s
 from planner.predicting import learned
 from planner.room import Room
 from planner.run_forecast import AMOUNTS, STAGES, RunForecast
@@ -160,3 +160,24 @@ def test_budgets_decide_which_plans_are_in_mind(priced: Priced) -> None:
 
 def test_without_measurements_nothing_is_learned() -> None:
     assert learned((), TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE) is None
+
+
+def test_trying_single_steps_is_counted_where_it_is_done(priced: Priced) -> None:
+    space = build_space(
+        TOY_MODEL, TOY_WORKLOAD, TOY_MACHINE, engine_names=("transformers",), only=("prune_width",), executable=False
+    )
+    asked = replace(SPEC, objectives=("tpot_p50", "quality_loss"))
+    text = from_mapping({"model": "toy", "objectives": ["ttft"], "calibration": {"data": "bundled"}}).calibration
+    assert trying_s(replace(asked, calibration=text), space) == pytest.approx(36.0)
+    assert trying_s(asked, space) == 0  # no text to execute them with
+    assert trying_s(replace(SPEC, calibration=text), space) == 0  # quality is not asked for
+    assert trying_s(replace(asked, calibration=text), priced.problem.space) == 0  # nothing there rewrites the model
+    short = replace(SPEC.search, time_limit_s=60.0)
+    assert trying_s(replace(asked, calibration=text, search=short), space) == 0  # too little time to begin
+
+    problem = replace(priced.problem, space=space, objectives=asked.objectives)
+    with_text, without = (
+        foresee(replace(asked, calibration=calibration), sample(problem), Experience()).stages_s["search"]
+        for calibration in (text, None)
+    )
+    assert with_text.mid - without.mid > 10.0 and "single steps" in with_text.because

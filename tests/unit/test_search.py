@@ -13,7 +13,16 @@ import search
 from knowledge_base.errors import BadInput
 from knowledge_base.types import Budget, Plan, Step
 from planner import spec as specs
-from search.choose import _doomed, _most_novel, added_volume, choose, gains_nothing, promising, same_fate
+from search.choose import (
+    _doomed,
+    _most_novel,
+    added_volume,
+    choose,
+    gains_nothing,
+    hopeful_steps,
+    promising,
+    same_fate,
+)
 from search.pareto import hypervolume
 from search.problem import Problem
 from search.solvers.local import neighbours
@@ -259,3 +268,13 @@ def test_no_plan_is_hoped_to_be_better_than_the_model_as_it_came():
     lost = dict(zip(priced.plans, loss.mid))
     assert picks
     assert max(lost[plan] for plan in picks) <= 2 * 0.1
+
+
+def test_steps_of_promising_plans_are_hopeful_one_of_each_technique_first():
+    priced = search.solve(problem_of(space_of(), loss=0.5), solver="exhaustive")
+    found = hopeful_steps(priced, lambda step: step.technique in ("drop_layers", "prune_width"))
+    promised = {step for i in np.union1d(*promising(priced)) for step in priced.plans[i].steps}
+    assert set(found) == {step for step in promised if step.technique in ("drop_layers", "prune_width")}
+    assert len(found) == len(set(found)) >= 3, "else this shows nothing"
+    assert {step.technique for step in found[:2]} == {"drop_layers", "prune_width"}
+    assert hopeful_steps(priced, lambda step: False) == []
