@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from knowledge_base.errors import BadInput, CandidateFailed, EnvironmentProblem, Terminated
 from knowledge_base.metrics import find_metric
 from knowledge_base.serde import digest, plain
-from knowledge_base.types import Estimate, Measurement, Plan
+from knowledge_base.types import Estimate, Measurement, Plan, Step
 from planner import answering
 from planner.downloading import Download
 from planner.foreseeing import BUILD_SHARE, experience, finalists_in, finals_reserve_s, foresee, trying_s
@@ -244,9 +244,7 @@ class Run:
         while (left := self._measurements_left()) > 0 and self._time_for_another():
             with self._timed("search"):
                 everything = self._priced(pool)
-            if self._try_steps(validator, everything):
-                with self._timed("search"):
-                    everything = self._priced(pool)
+            everything = self._with_steps_tried(validator, everything, pool)
             with self._timed("search"):
                 problem = everything.problem
                 priced, short = self._with_room(everything)
@@ -276,30 +274,52 @@ class Run:
         pool |= dict.fromkeys(search_plans(problem, self.spec, already_drawn=len(self.known.records)).plans)
         return problem.price(list(pool))
 
-    def _try_steps(self, validator: Validator, priced: Priced) -> bool:
-        """Find out what the rewriting steps of promising plans lose alone, while time for it is left; whether any was told."""
+    def _with_steps_tried(self, validator: Validator, priced: Priced, pool: dict[Plan, None]) -> Priced:
+        """Return the plans priced by what their rewriting steps were found to lose alone, as far as there is time for it.
+
+        One setting of each technique that may be of use is tried, then of those that still may.
+        """
+        if not self._steps_to_try(priced):
+            return priced
+        self.progress.stage("single steps")
+        with validator.trying_steps() as loss_of:
+            while steps := self._steps_to_try(priced):
+                found = []
+                until = time.monotonic() + self._trying_left_s()
+                with self._timed("steps"):
+                    for step in steps:
+                        self._stop_if_asked()
+                        if (left_s := until - time.monotonic()) > 0:
+                            found.append(loss_of(step, left_s))
+                self._learn_from(found)
+                with self._timed("search"):
+                    priced = self._priced(pool)
+        self.progress.stage("candidates")
+        return priced
+
+    def _steps_to_try(self, priced: Priced) -> list[Step]:
+        """Return a setting of each technique that may be of use, the one of most plans; none where the time for it is over."""
         from search.choose import hopeful_steps
 
-        left_s = trying_s(self.spec, self.prepared.space) - self.seconds.get("steps", 0.0)
+        if self._trying_left_s() <= 0:
+            return []
         tried = {loss.step for loss in self.known.step_losses}
-        steps = [step for step in hopeful_steps(priced, can_be_tried) if step not in tried]
-        if left_s <= 0 or not steps:
-            return False
-        self._stop_if_asked()
-        self.progress.stage("single steps")
-        with self._timed("steps"):
-            found = validator.step_losses(steps, left_s)
-        self.progress.stage("candidates")
+        hopeful = [step for step in hopeful_steps(priced, can_be_tried) if step not in tried]
+        first = {step.technique: step for step in reversed(hopeful)}
+        return [step for step in hopeful if first[step.technique] == step]
+
+    def _trying_left_s(self) -> float:
+        return trying_s(self.spec, self.prepared.space) - self.seconds.get("steps", 0.0)
+
+    def _learn_from(self, found: list[StepLoss]) -> None:
+        """Have plans priced by what steps were found to lose on this model."""
         self.known.step_losses += found
         prepared = self.prepared
-        model = with_losses(
-            prepared.model, self.spec.workload, filter(can_be_tried, prepared.space.steps()), self.known.step_losses
-        )
+        steps = filter(can_be_tried, prepared.space.steps())
+        model = with_losses(prepared.model, self.spec.workload, steps, self.known.step_losses)
         self.prepared = replace(prepared, model=model)
-        told = [f"{loss.step} {loss.loss.value:+.1%}" for loss in found if loss.loss]
-        if told:
-            self.progress.line(f"perplexity that single steps cost this model, in short: {', '.join(told)}")
-        return bool(told)
+        told = [f"{loss.step} {f'{loss.loss.value:+.1%}' if loss.loss else loss.why}" for loss in found]
+        self.progress.line(f"perplexity that single steps cost this model, in short: {', '.join(told)}")
 
     def _require_a_success(self) -> None:
         """Refuse an answer when every one of several candidates failed: the machine is at fault then, not the plans.

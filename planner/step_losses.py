@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from knowledge_base import registry
 from knowledge_base.errors import CandidateFailed
 from knowledge_base.serde import plain, restore
 from knowledge_base.types import Figure, KnownLoss, Model, Plan, Step, Workload
+from planner.data import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -108,52 +108,66 @@ def can_be_tried(step: Step) -> bool:
     return module.TECHNIQUE.stage == STAGE and not module.TECHNIQUE.lossless and not hasattr(module, "options")
 
 
-def memory_bytes(model: Model, steps: Sequence[Step]) -> float:
-    """Return what trying these steps holds in memory at most: the model as it came, and one that is being rewritten."""
-    tokens = (CALIBRATION_WINDOWS + JUDGED_WINDOWS) * 256
-    beside = (registry.techniques.get(step.technique).TECHNIQUE.holds.bytes_for(model, tokens) for step in steps)
-    return 2 * model.weight_bytes + max(beside, default=0.0)
+def memory_bytes(model: Model, step: Step) -> float:
+    """Return what trying a step holds in memory at most: the model as it came, and one that is being rewritten."""
+    tokens = (CALIBRATION_WINDOWS + JUDGED_WINDOWS) * CALIBRATION_TOKENS
+    return 2 * model.weight_bytes + registry.techniques.get(step.technique).TECHNIQUE.holds.bytes_for(model, tokens)
 
 
-def observe(
-    candidate: Candidate, steps: Sequence[Step], model: Model, *, model_folder: Path, calibration: Path, seed: int,
-    allow_pickle: bool, time_limit_s: float, progress: Progress | None = None,
-) -> Iterator[StepLoss]:  # fmt: skip
-    """Yield what each of some steps loses, in their order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A candidate process that holds the model as it came and executes steps on copies of it, one after another."""
 
-    Args:
-        calibration: .npy of int32 (windows, tokens), at least two windows.
+    candidate: Candidate
+    windows: int  # of text that losses are of
+    tokens: int  # in them
+    seed: int
 
-    Raises:
-        CandidateFailed: "timeout", there was no time for all of them; or the candidate ended, for lack of memory for
-            example, or a loss cannot be.
-    """
-    from planner.claims import number, numbers
-    from planner.statistics import mean_figure
+    @classmethod
+    def of(
+        cls, candidate: Candidate, model: Model, *, model_folder: Path, calibration: Path, seed: int, allow_pickle: bool,
+        time_limit_s: float, progress: Progress | None = None,
+    ) -> Trial:  # fmt: skip
+        """Have a candidate load the model and judge it.
 
-    until = time.monotonic() + time_limit_s
-    payload = {
-        "model_folder": str(model_folder.resolve()), "model": plain(model), "calibration": str(calibration.resolve()),
-        "seed": seed, "allow_pickle": allow_pickle,
-    }  # fmt: skip
+        Args:
+            calibration: .npy of int32 (windows, tokens), at least two windows.
 
-    def asked(op: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        return candidate.call(op, payload, timeout_s=max(0.0, until - time.monotonic()), progress=progress)
+        Raises:
+            CandidateFailed: it cannot, or not in that time.
+        """
+        from planner.claims import number
 
-    opened = asked("open_steps", payload)
-    windows, tokens = (int(number(opened, name, 1, 1e9)) for name in ("windows", "tokens"))
-    for step in steps:
+        payload = {
+            "model_folder": str(model_folder.resolve()), "model": plain(model), "calibration": str(calibration.resolve()),
+            "seed": seed, "allow_pickle": allow_pickle,
+        }  # fmt: skip
+        opened = candidate.call("open_steps", payload, timeout_s=time_limit_s, progress=progress)
+        windows, tokens = (int(number(opened, name, 1, 1e9)) for name in ("windows", "tokens"))
+        return cls(candidate=candidate, windows=windows, tokens=tokens, seed=seed)
+
+    def loss_of(self, step: Step, *, time_limit_s: float, progress: Progress | None = None) -> StepLoss:
+        """Return what a step alone loses.
+
+        Raises:
+            CandidateFailed: "timeout", it takes longer; or the candidate ended, for lack of memory for example.
+        """
+        from planner.claims import numbers
+        from planner.statistics import mean_figure
+
         try:
-            reply = asked("try_step", {"step": plain(step)})
+            reply = self.candidate.call("try_step", {"step": plain(step)}, timeout_s=time_limit_s, progress=progress)
         except CandidateFailed as error:
             if error.kind not in REFUSED:
                 raise
-            yield StepLoss(step=step, why=error.message)
-            continue
-        mean = mean_figure(numbers(reply, "increase_nats", windows, -MOST_NATS, MOST_NATS), seed=seed)
-        note = f"paired over {windows} windows of calibration text, {tokens} tokens, which the step did not see"
+            return StepLoss(step=step, why=error.message)
+        increases = numbers(reply, "increase_nats", self.windows, -MOST_NATS, MOST_NATS)
+        mean = mean_figure(increases, seed=self.seed)
         value, low, high = (math.expm1(x) for x in (mean.value, mean.low, mean.high))
-        yield StepLoss(step=step, loss=replace(mean, value=value, low=low, high=high, samples=(), note=note))
+        note = (
+            f"paired over {self.windows} windows of calibration text, {self.tokens} tokens, which the step did not see"
+        )
+        return StepLoss(step=step, loss=replace(mean, value=value, low=low, high=high, samples=(), note=note))
 
 
 def open_steps(state: dict[str, Any], payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

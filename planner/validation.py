@@ -241,31 +241,44 @@ class Validator:
             out[plan] = (replace(records[plan], measurement=measurement), new.ratios)
         return out
 
-    def step_losses(self, steps: Sequence[Step], time_limit_s: float) -> list[StepLoss]:
-        """Return what each of some rewriting steps alone loses, from the store where it was found before.
+    @contextlib.contextmanager
+    def trying_steps(self) -> Iterator[Callable[[Step, float], StepLoss]]:
+        """Give a function that returns what a rewriting step alone loses, found within so many seconds.
 
-        Those that time or memory are too short for are left out.
+        What is in the store is not tried again. What the machine had too little of is not kept: it may go another time.
         """
         calibration = self.run.data.calibration
         assert calibration is not None
-        paths = {step: self._step_path(step, calibration) for step in steps}
-        found = {step: loss for step, path in paths.items() if (loss := step_losses.kept(path))}
-        left = [step for step in steps if step not in found]
-        if left and step_losses.memory_bytes(self.model, left) <= self._limits().memory_bytes:
-            plan = self.run.baseline
+        trial: step_losses.Trial | None = None
+
+        def tick(what: str, done: float) -> None:
+            self.run.progress.tick(what)
+
+        def loss_of(step: Step, time_limit_s: float) -> StepLoss:
+            nonlocal trial
+            path, until = self._step_path(step, calibration), time.monotonic() + time_limit_s
+            if known := step_losses.kept(path):
+                return known
+            if step_losses.memory_bytes(self.model, step) > self._limits().memory_bytes:
+                return StepLoss(step=step, why="memory does not hold the model twice")
             try:
-                with self._started(plan, "steps", building.builder_preload(())) as candidate:
-                    for loss in step_losses.observe(
-                        candidate, left, self.model, model_folder=self._model_folder, calibration=calibration,
+                if trial is None:
+                    started = self._started(self.run.baseline, "steps", building.builder_preload(()))
+                    trial = step_losses.Trial.of(
+                        processes.enter_context(started), self.model, model_folder=self._model_folder, calibration=calibration,
                         seed=self.spec.search.seed, allow_pickle=self.run.settings.allow_pickle,
-                        time_limit_s=time_limit_s, progress=lambda what, done: self.run.progress.tick(what),
-                    ):  # fmt: skip
-                        found[loss.step] = loss
-                        write_json(paths[loss.step], plain(loss))
+                        time_limit_s=time_limit_s, progress=tick,
+                    )  # fmt: skip
+                loss = trial.loss_of(step, time_limit_s=max(0.0, until - time.monotonic()), progress=tick)
             except CandidateFailed as error:
-                if error.kind != "timeout":
-                    self.run.progress.line(f"trying single steps given up: {error.kind}: {error.message}")
-        return list(found.values())
+                trial = None
+                processes.close()
+                return StepLoss(step=step, why=f"{error.kind}: {error.message}")
+            write_json(path, plain(loss))
+            return loss
+
+        with contextlib.ExitStack() as processes:
+            yield loss_of
 
     # ------------------------------------------------------------ parts
 

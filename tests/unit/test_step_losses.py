@@ -18,7 +18,7 @@ from knowledge_base.types import Figure, Model, Plan, Step, Workload
 from planner import data, step_losses
 from planner.isolation import Limits, Servers
 from planner.reading import read_model
-from planner.step_losses import StepLoss, _on_scale, can_be_tried, kept, memory_bytes, with_losses
+from planner.step_losses import StepLoss, Trial, _on_scale, can_be_tried, kept, memory_bytes, with_losses
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-lm"
 WORKLOAD = Workload(prompt_tokens=64, output_tokens=32)
@@ -42,10 +42,11 @@ def observe(model, tmp_path_factory):
 
         def run(*steps: Step, time_limit_s: float = 240.0):
             with servers.start((), folder=root / "work", limits=limits, log=root / "log.txt") as candidate:
-                yield from step_losses.observe(
-                    candidate, steps, model, model_folder=MODEL, calibration=calibration, seed=0, allow_pickle=False,
-                    time_limit_s=time_limit_s,
+                trial = Trial.of(
+                    candidate, model, model_folder=MODEL, calibration=calibration, seed=0, allow_pickle=False,
+                    time_limit_s=240.0,
                 )  # fmt: skip
+                return [trial.loss_of(step, time_limit_s=time_limit_s) for step in steps]
 
         yield run
 
@@ -78,7 +79,7 @@ def test_each_step_is_tried_on_the_model_as_it_came(observe):
 
 def test_what_does_not_end_in_time_is_left(observe):
     with pytest.raises(CandidateFailed) as stopped:
-        list(observe(*WIDTHS, time_limit_s=0.01))
+        observe(*WIDTHS, time_limit_s=0.01)
     assert stopped.value.kind == "timeout"
 
 
@@ -141,7 +142,7 @@ def test_only_what_rewrites_the_model_itself_is_tried(model):
     others = ("weight_gguf", "recover_full", "prune_to_speed", "prompt_lookup", "rotate")
     assert not any(can_be_tried(Step(name)) for name in others)
     large = replace(model, weight_bytes=10**12)
-    assert memory_bytes(large, WIDTHS) > 2 * 10**12
+    assert memory_bytes(large, WIDTHS[0]) > 2 * 10**12
 
 
 def test_losses_are_of_the_next_token(model):
