@@ -109,15 +109,17 @@ def promising(priced: Priced) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hopeful_steps(priced: Priced, wanted: Callable[[Step], bool]) -> list[Step]:
-    """Return the steps wanted of plans that would be better than what is expected if all went well, those of most plans first.
+    """Return the steps wanted of plans that would be better than what is expected, lost they as little as can be.
 
-    What a step does to the model is found in seconds, so any chance will do; where that is only hoped halfway, as plans to
-    measure are chosen, a technique whose published losses are far beyond a budget would never be tried.
+    Those of most plans come first. What a step loses is found in seconds, so any chance will do: where that is only hoped
+    halfway, as plans to measure are chosen, a technique whose published losses are far beyond a budget would never be tried.
     """
     priced = _sober(priced)
     expected, _ = promising(priced)
-    chance = np.flatnonzero(priced.violations("best") <= 0)
-    hoped = priced.costs("best")[chance]
+    loss = priced.figures["quality_loss_ratio"]
+    gentle = replace(priced, figures={**priced.figures, "quality_loss_ratio": replace(loss, mid=loss.low)})
+    chance = np.flatnonzero(gentle.violations("best") <= 0)
+    hoped = gentle.costs("mid")[chance]
     beaten = np.zeros(len(chance), dtype=bool)
     for row in priced.costs("mid")[expected]:
         beaten |= (row <= hoped).all(axis=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_base.techniques import _weights
+from knowledge_base.techniques._quality import won_back
 from knowledge_base.techniques.low_rank import matrices
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -75,11 +76,10 @@ def rewrite(demand: Demand, *, rank: int) -> Demand:
     params = demand.layers * rank * sum(sum(shape) for shape in matrices(model))
     kept = 1 - recovered(model, rank)
     inputs = sum(in_features**2 for _, in_features in matrices(model))
-    return demand.but(
+    return won_back(demand, 1 - kept).but(
         linear_bytes=demand.linear_bytes + 2 * params,
         linear_flop_per_token=demand.linear_flop_per_token + 2 * params,
         kernels_per_step=demand.kernels_per_step + 4 * len(matrices(model)) * demand.layers,
-        perplexity_ratio=demand.perplexity_ratio**kept,
         build_flop=demand.build_flop + 16_384 * (4 * demand.linear_params + 2 * demand.layers * inputs),
         because=(*demand.because, f"corrections of rank {rank} bring back about {1 - kept:.0%} of the loss"),
     )

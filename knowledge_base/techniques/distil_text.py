@@ -9,6 +9,7 @@ Where the unchanged model's distributions are at hand, recover_lora learns more 
 from __future__ import annotations
 
 from knowledge_base.build_memory import FULLY_TRAINED
+from knowledge_base.techniques._quality import won_back
 from knowledge_base.techniques.recover_lora import (
     CALIBRATION_TOKENS,
     LEARNING_RATE,
@@ -54,8 +55,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     recovered = _RECOVERED[steps]
     forward_flop = demand.linear_flop_per_token + demand.head_flop_per_token
     flop = training_flop(demand, steps, passes=2) + forward_flop * CALIBRATION_TOKENS
-    return demand.but(
-        perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
+    return won_back(demand, recovered).but(
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * flop,
         because=(
             *demand.because,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knowledge_base.build_memory import FULLY_TRAINED
+from knowledge_base.techniques._quality import won_back
 from knowledge_base.techniques.recover_lora import training_flop
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -63,8 +64,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     """
     recovered = _RECOVERED[steps]
     flop = TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3)
-    return demand.but(
-        perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
+    return won_back(demand, recovered).but(
         build_flop=demand.build_flop + flop,
         because=(*demand.because, f"{steps} steps on all weights bring back about {recovered:.0%} of the loss"),
     )

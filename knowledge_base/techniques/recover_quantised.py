@@ -9,6 +9,7 @@ the one in use.
 from __future__ import annotations
 
 from knowledge_base.build_memory import TRAINED
+from knowledge_base.techniques._quality import won_back
 from knowledge_base.techniques.recover_lora import training_flop
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -58,8 +59,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     gradients over groups keep a processor at about a third of its rate for large products.
     """
     recovered = _RECOVERED[steps] * (1 if demand.weight_format == "int2" else _SHARE_ABOVE_TWO_BITS)
-    return demand.but(
-        perplexity_ratio=demand.perplexity_ratio ** (1 - recovered),
+    return won_back(demand, recovered).but(
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3),
         because=(*demand.because, f"{steps} steps on the scales bring back about {recovered:.0%} of the loss"),
     )
