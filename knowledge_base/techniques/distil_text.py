@@ -9,7 +9,7 @@ Where the unchanged model's distributions are at hand, recover_lora learns more 
 from __future__ import annotations
 
 from knowledge_base.build_memory import FULLY_TRAINED
-from knowledge_base.techniques._quality import won_back
+from knowledge_base.techniques._quality import trained_share, won_back
 from knowledge_base.techniques.recover_lora import (
     CALIBRATION_TOKENS,
     LEARNING_RATE,
@@ -52,7 +52,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
 
     Writing a token reads the model once for each batch of sequences; in arithmetic it is one more pass over the text.
     """
-    recovered = _RECOVERED[steps]
+    recovered = trained_share(demand, _RECOVERED[steps])
     forward_flop = demand.linear_flop_per_token + demand.head_flop_per_token
     flop = training_flop(demand, steps, passes=2) + forward_flop * CALIBRATION_TOKENS
     return won_back(demand, recovered).but(

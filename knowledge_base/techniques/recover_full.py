@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knowledge_base.build_memory import FULLY_TRAINED
-from knowledge_base.techniques._quality import won_back
+from knowledge_base.techniques._quality import trained_share, won_back
 from knowledge_base.techniques.recover_lora import training_flop
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -62,7 +62,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     A training token costs a forward pass and a backward pass of twice its work; the unchanged model reads the
     calibration text once.
     """
-    recovered = _RECOVERED[steps]
+    recovered = trained_share(demand, _RECOVERED[steps])
     flop = TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3)
     return won_back(demand, recovered).but(
         build_flop=demand.build_flop + flop,

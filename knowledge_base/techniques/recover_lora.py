@@ -10,7 +10,7 @@ training, and then gone: memory holds one model, its adapters and what one step 
 
 from __future__ import annotations
 
-from knowledge_base.techniques._quality import won_back
+from knowledge_base.techniques._quality import trained_share, won_back
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
 RANK = 16
@@ -67,7 +67,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     A training token costs a forward pass and a backward pass to the adapters; small adapter products and the optimiser
     keep a processor at about a third of its rate for large ones (own runs, 2026-11).
     """
-    recovered = _RECOVERED[steps]
+    recovered = trained_share(demand, _RECOVERED[steps])
     return won_back(demand, recovered).but(
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * training_flop(demand, steps, passes=2),
         because=(*demand.because, f"{steps} LoRA steps bring back about {recovered:.0%} of the loss"),

@@ -9,7 +9,7 @@ the one in use.
 from __future__ import annotations
 
 from knowledge_base.build_memory import TRAINED
-from knowledge_base.techniques._quality import won_back
+from knowledge_base.techniques._quality import trained_share, won_back
 from knowledge_base.techniques.recover_lora import training_flop
 from knowledge_base.types import Choice, Demand, Evidence, Hardware, Model, Session, Technique, Workload
 
@@ -40,9 +40,8 @@ EVIDENCE = (
 
 # Share of the log perplexity ratio that comes back. 20 steps: measured on the shipped model after GPTQ at 2 bits in groups
 # of 64 (2026-11: 1.342 -> 1.267); training latent weights from rounding to nearest came from 2.330 to 1.473 in as many.
-# More steps are expected to gain as recover_lora's do. From 3 bits up GPTQ leaves little: 1.0328 -> 1.0315, a fifth of that.
+# More steps are expected to gain as recover_lora's do. From 3 bits up GPTQ leaves little, 1.0328 -> 1.0315: `trained_share`.
 _RECOVERED = {20: 0.2, 60: 0.3, 200: 0.35}
-_SHARE_ABOVE_TWO_BITS = 0.2
 
 
 def rejects(model: Model, workload: Workload, hardware: Hardware) -> str | None:
@@ -58,7 +57,7 @@ def rewrite(demand: Demand, *, steps: int) -> Demand:
     A training token costs a forward pass and a backward pass of twice its work; unpacking levels and summing
     gradients over groups keep a processor at about a third of its rate for large products.
     """
-    recovered = _RECOVERED[steps] * (1 if demand.weight_format == "int2" else _SHARE_ABOVE_TWO_BITS)
+    recovered = trained_share(demand, _RECOVERED[steps])
     return won_back(demand, recovered).but(
         build_flop=demand.build_flop + TRAINING_SLOWDOWN * training_flop(demand, steps, passes=3),
         because=(*demand.because, f"{steps} steps on the scales bring back about {recovered:.0%} of the loss"),
