@@ -279,9 +279,6 @@ class Run:
 
         One setting of each technique that may be of use is tried, then of those that still may.
         """
-        if not self._steps_to_try(priced):
-            return priced
-        self.progress.stage("single steps")
         with validator.trying_steps() as loss_of:
             while steps := self._steps_to_try(priced):
                 found = []
@@ -294,7 +291,6 @@ class Run:
                 self._learn_from(found)
                 with self._timed("search"):
                     priced = self._priced(pool)
-        self.progress.stage("candidates")
         return priced
 
     def _steps_to_try(self, priced: Priced) -> list[Step]:

@@ -247,8 +247,6 @@ class Validator:
 
         What is in the store is not tried again. What the machine had too little of is not kept: it may go another time.
         """
-        calibration = self.run.data.calibration
-        assert calibration is not None
         trial: step_losses.Trial | None = None
 
         def tick(what: str, done: float) -> None:
@@ -256,6 +254,8 @@ class Validator:
 
         def loss_of(step: Step, time_limit_s: float) -> StepLoss:
             nonlocal trial
+            calibration = self.run.data.calibration
+            assert calibration is not None
             path, until = self._step_path(step, calibration), time.monotonic() + time_limit_s
             if known := step_losses.kept(path):
                 return known

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +156,56 @@ def test_losses_are_of_the_next_token(model):
     losses = step_losses._losses(language_model, rows)
     expected = [language_model(row[None], labels=row[None]).loss.item() for row in rows]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def run(machine, tmp_path):
+    """A run of a tiny model that has not begun to measure."""
+    from planner.data import prepare_data
+    from planner.loop import Run, Settings
+    from planner.preparing import prepare
+    from planner.progress import Progress
+    from planner.spec import from_mapping
+    from planner.tiny_models import make_tiny_model
+
+    shutil.copytree(machine, tmp_path / "store")
+    spec = from_mapping({
+        "version": 1, "model": str(make_tiny_model(tmp_path / "model", layers=2)), "engines": ["transformers"],
+        "objectives": ["artefact_size", "quality_loss"], "calibration": {"data": "bundled", "samples": 4},
+        "techniques": {"only": ["prune_magnitude", "prune_width"]}, "workload": {"prompt_tokens": 32, "output_tokens": 8},
+    })  # fmt: skip
+    settings = Settings(run_root=tmp_path / "runs", store_root=tmp_path / "store")
+    prepared = prepare(spec, store=settings.store_root)
+    found = Run(prepared, settings, Progress(quiet=True), time.monotonic())
+    found.baseline = prepared.space.unchanged()
+    found.data = prepare_data(spec, prepared.model, prepared.folder, found.store.folder)
+    found.folder = found._open_folder()
+    return found
+
+
+def test_a_run_keeps_what_it_found_and_tries_again_what_it_could_not(run, monkeypatch):
+    from planner.validation import Validator
+
+    step = Step("prune_width", {"keep": 0.5})
+    with Validator(run) as validator:
+        with validator.trying_steps() as loss_of:
+            late = loss_of(step, 0.01)
+            assert late.loss is None and late.why.startswith("timeout")
+            found = loss_of(step, 240.0)  # in another process: the first was stopped
+            assert found.loss is not None and loss_of(step, 0.0) == found
+        assert not list((run.folder.path / "work").glob("*-steps"))
+        limits = validator._limits()
+        monkeypatch.setattr(validator, "_limits", lambda: replace(limits, memory_bytes=1 << 20))
+        with validator.trying_steps() as loss_of:
+            assert "memory" in loss_of(Step("prune_width", {"keep": 0.75}), 240.0).why
+
+    def nothing_may_start(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    with Validator(run) as later:
+        monkeypatch.setattr(later.servers, "start", nothing_may_start)
+        with later.trying_steps() as loss_of:
+            assert loss_of(step, 240.0) == found
+    run._learn_from([found])
+    assert run.prepared.model.step_losses[0].step == step
+    assert run._problem().model == run.prepared.model
